@@ -1,0 +1,187 @@
+"""Where every token of a forward pass stands: logical positions, padding, documents, copies of the sequence.
+
+Owns the one reading of `attention_mask`, `position_ids` and `document_ids`; the attention pattern and the token shift
+both work on what it finds.
+
+Shapes: B rows, L tokens of this pass, K = cached tokens + L.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+
+from .attention_pattern import AttentionPattern
+
+
+@dataclass
+class TokenLayout:
+    """
+    Attributes:
+        shape (`tuple[int, int]`): (B, L).
+        seen (`int`): tokens in the cache.
+        device (`torch.device`): where index tensors live.
+        position_BK (`torch.Tensor` of shape `(B or 1, K)`, *optional*): logical positions; `None` means 0, 1, 2, ...
+        valid_BK (`torch.Tensor`, *optional*): False at padding; `None` means no padding.
+        document_BK (`torch.Tensor`, *optional*): documents of packed rows.
+        copy_K (`torch.Tensor`, *optional*): which copy of the sequence a token belongs to.
+    """
+
+    shape: tuple[int, int]
+    seen: int
+    device: torch.device
+    position_BK: torch.Tensor | None = None
+    valid_BK: torch.Tensor | None = None
+    document_BK: torch.Tensor | None = None
+    copy_K: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pattern: AttentionPattern,
+        shape: tuple[int, int],
+        device: torch.device,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> "TokenLayout":
+        """Reads the arguments of a forward pass; raises `ValueError` where they contradict each other."""
+        rows, length = shape
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        total, copies = seen + length, pattern.copies
+        if length % copies:
+            raise ValueError(
+                f"The bd3lm pattern with {copies - 1} noisy view(s) needs an input length divisible by {copies}, got "
+                f"{length}."
+            )
+        if copies > 1 and seen:
+            raise ValueError("The bd3lm pattern is for training and takes no cache; decode with block_causal.")
+        layout = cls((rows, length), seen, device)
+        if attention_mask is not None:
+            if tuple(attention_mask.shape) != (rows, total):
+                raise ValueError(
+                    f"`attention_mask` must have the shape ({rows}, {total}) of the tokens, cached ones included, not "
+                    f"{tuple(attention_mask.shape)}."
+                )
+            valid_BK = attention_mask.to(device=device, dtype=torch.bool)
+            layout.valid_BK = None if bool(valid_BK.all()) else valid_BK
+        for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
+            if given is not None and given.shape[-1] != length:
+                raise ValueError(f"`{name}` must have one entry per token ({length}), not {given.shape[-1]}.")
+        if document_ids is not None:
+            if seen:
+                raise ValueError("`document_ids` cannot be combined with a cache.")
+            layout.document_BK = document_ids.to(device)
+        elif position_ids is not None and attention_mask is None and not seen and copies == 1:
+            layout.document_BK = _documents_of(position_ids.to(device))
+        layout._place(copies, position_ids)
+        return layout
+
+    def _place(self, copies: int, position_ids: torch.Tensor | None) -> None:
+        """Logical positions count the real tokens of each row, document and copy from 0."""
+        (rows, length), device = self.shape, self.device
+        total = self.seen + length
+        if copies > 1:
+            self.copy_K = torch.arange(copies, device=device).repeat_interleave(length // copies)
+        if self.valid_BK is not None or self.document_BK is not None:
+            valid_BK = self.valid_BK
+            if valid_BK is None:
+                valid_BK = torch.ones((rows, total), dtype=torch.bool, device=device)
+            count_BCK = (valid_BK.view(rows, copies, -1).long().cumsum(-1) - 1).clamp(min=0)
+            if self.document_BK is not None:
+                document_BCK = self.document_BK.expand(rows, -1).reshape(rows, copies, -1)
+                starts_BCK = torch.ones_like(document_BCK, dtype=torch.bool)
+                starts_BCK[..., 1:] = document_BCK[..., 1:] != document_BCK[..., :-1]
+                first_BCK = torch.where(starts_BCK, count_BCK, 0).cummax(-1).values
+                count_BCK = count_BCK - first_BCK
+            self.position_BK = count_BCK.reshape(rows, total)
+        elif copies > 1:
+            self.position_BK = torch.arange(length // copies, device=device).repeat(copies)[None]
+        if position_ids is not None:
+            given_BL = position_ids.to(device)
+            if self.seen:
+                before_BK = self.position_BK
+                if before_BK is None:
+                    before_BK = torch.arange(total, device=device)[None]
+                given_BL = torch.cat([before_BK[:, : self.seen].expand(rows, -1), given_BL.expand(rows, -1)], dim=-1)
+            self.position_BK = given_BL
+
+    @property
+    def position_BL(self) -> torch.Tensor | None:
+        """Logical positions of this pass's tokens, `(B, L)`, or `None` where they are the natural ones."""
+        if self.position_BK is None:
+            return None
+        return self.position_BK[:, self.seen :].expand(self.shape[0], -1)
+
+    def library_mask(self, attention_mask: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
+        """
+        The 2-D mask for the parent. With a pattern in force it is always there: without one, transformers guesses
+        packed documents from the positions, and recurrent layers and old position embeddings read it directly.
+        """
+        if attention_mask is not None or not needed:
+            return attention_mask
+        return torch.ones((self.shape[0], self.seen + self.shape[1]), dtype=torch.long, device=self.device)
+
+    def shifted_source(self, pattern: AttentionPattern) -> torch.Tensor:
+        """
+        Which position's hidden state scores each position under token shift: the one before it; -1 where nothing
+        stands before it (start of a row or document).
+
+        In the doubled sequence of block diffusion the first token of a block is read from the CLEAN copy's previous
+        position, so that block size 1 is the parent's own next-token prediction.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, L)`.
+        """
+        (rows, length), device = self.shape, self.device
+        here_L = torch.arange(length, device=device)
+        source_BL = (here_L - 1).expand(rows, length)
+        position_BL = self.position_BL
+        if position_BL is None:
+            position_BL = (here_L + self.seen).expand(rows, length)
+        if self.copy_K is not None:
+            one = length // pattern.copies
+            clean_L = pattern.views * one + here_L % one - 1
+            opens_block_BL = (position_BL % pattern.block_size == 0) & (self.copy_K < pattern.views)
+            source_BL = torch.where(opens_block_BL, clean_L, source_BL)
+        return source_BL.masked_fill(position_BL == 0, -1)
+
+
+def _documents_of(position_ids_BL: torch.Tensor) -> torch.Tensor | None:
+    """Documents of packed rows that are marked only by positions starting again, as TRL and transformers pack."""
+    steps_BL = torch.diff(position_ids_BL, prepend=position_ids_BL[:, :1] - 1, dim=-1)
+    document_BL = (steps_BL != 1).cumsum(-1)
+    return document_BL if bool(document_BL.any()) else None
+
+
+def rows_through_head(
+    wanted_BL: torch.Tensor | None, source_BL: torch.Tensor | None, shape: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    Which rows of the flattened hidden states the head must see.
+
+    Args:
+        wanted_BL (`torch.BoolTensor` of shape `(B, L)`, *optional*): positions to score; `None` means all.
+        source_BL (`torch.LongTensor` of shape `(B, L)`, *optional*): see [`TokenLayout.shifted_source`].
+        shape (`tuple[int, int]`): (B, L).
+        device (`torch.device`): where the hidden states live.
+
+    Returns:
+        Indices of shape `(N,)` (`None`: everything, as it stands), and booleans of shape `(N,)` that mark positions
+        with nothing before them (`None`: there are none).
+    """
+    if wanted_BL is not None and tuple(wanted_BL.shape) != tuple(shape):
+        raise ValueError(
+            f"`labels` and `logits_mask` must have the shape {tuple(shape)}, not {tuple(wanted_BL.shape)}."
+        )
+    if wanted_BL is None and source_BL is None:
+        return None, None
+    if source_BL is None:
+        return wanted_BL.to(device).flatten().nonzero()[:, 0], None
+    blind_BL = source_BL < 0
+    flat_BL = source_BL.clamp(min=0) + torch.arange(shape[0], device=device)[:, None] * shape[1]
+    if wanted_BL is None:
+        return flat_BL.flatten(), blind_BL.flatten()
+    wanted_BL = wanted_BL.to(device)
+    return flat_BL[wanted_BL], blind_BL[wanted_BL]
