@@ -109,6 +109,11 @@ def pattern_in_force(state: PatternInForce | None) -> Iterator[None]:
         _IN_FORCE.reset(token)
 
 
+def current_pattern() -> PatternInForce | None:
+    """The pattern in force in this context, if any."""
+    return _IN_FORCE.get()
+
+
 def keep_pattern(checkpoint_function: Callable) -> Callable:
     """
     Wraps an activation-checkpointing function so that the recomputation sees the pattern of the forward pass.
@@ -149,7 +154,9 @@ def _wrap_mask_function(name: str, library_function: Callable) -> Callable:
         local_size = kwargs.get("local_size")
         if state.windows == "open" and local_size is not None:
             own = None
-        if name != "eager" and state.everything_visible(
+        # `eager` of old models, and layers that index into their mask, want one even where it says nothing.
+        may_skip = name != "eager" and kwargs.get("allow_is_causal_skip", True)
+        if may_skip and state.everything_visible(
             kwargs["q_length"], kwargs["kv_length"], kwargs.get("q_offset", 0), local_size
         ):
             return None

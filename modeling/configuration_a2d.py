@@ -106,7 +106,7 @@ class A2DConfig(PreTrainedConfig):
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether input and output embeddings share storage; PEFT merges wrongly when a wrapper hides it."""
-        return bool(self.text_config.tie_word_embeddings)
+        return bool(_text_value(self.text_config, "tie_word_embeddings"))
 
     @tie_word_embeddings.setter
     def tie_word_embeddings(self, value: bool):

@@ -187,13 +187,20 @@ def _changed_tensors(model: A2DForMaskedDiffusion, parent: PreTrainedModel) -> l
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated layers of a model, outermost ones only, in order."""
+    """The repeated layers of a model, outermost ones only, in order; those of other towers included."""
     found: list[tuple[str, torch.nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             found.append((name, module))
-    return found
+    if found:
+        return found
+    # Models from before that base class: the members of a list as long as the model is deep.
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return [(f"{name}.{index}", layer) for index, layer in enumerate(module)]
+    return []
 
 
 def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed: int = 0) -> GateResult:
@@ -218,13 +225,13 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
     length = _probe_length(model, None, most=_LONGEST_REACH_PROBE)
     ids_1L = _probe(model, length, seed)
     block_size = max(2, length // 3)
-    names = [name for name, _ in decoder_layers(model.backbone)]
-    if not names:
-        return GateResult("reach", False, "No decoder layer was found, so nothing can be proven.", {})
     with _evaluating(model):
         causal = _layer_edges(model, ids_1L, AttentionPattern.causal())
         opened = _layer_edges(model, ids_1L, AttentionPattern.bidirectional())
         blocked = _layer_edges(model, ids_1L, AttentionPattern.block_causal(block_size))
+    names = list(causal)  # the layers that text goes through, in order
+    if not names:
+        return GateResult("reach", False, "No decoder layer was found, so nothing can be proven.", {})
     block_L = torch.arange(length) // block_size
     allowed_LL = block_L[None, :] <= block_L[:, None]
     lower_LL = torch.ones(length, length, dtype=torch.bool).tril()
@@ -301,7 +308,8 @@ def _layer_edges(
                 return
             replaying = True
             try:
-                edges[name] = trace(module, args, {k: v for k, v in kwargs.items() if k != "past_key_values"})
+                inputs = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+                edges[name] = trace(module, args, inputs, ids_1L.shape[1])
             finally:
                 replaying = False
 
@@ -319,38 +327,41 @@ def _layer_edges(
     return edges
 
 
-def _call_layer(module: torch.nn.Module, args: tuple, kwargs: dict, hidden_1LD: torch.Tensor) -> torch.Tensor:
-    if args:
-        output = module(hidden_1LD, *args[1:], **kwargs)
-    else:
-        output = module(**{**kwargs, "hidden_states": hidden_1LD})
+def _call_layer(module: torch.nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> torch.Tensor:
+    output = module(hidden, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": hidden})
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def _edges_by_gradient(module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    hidden_1LD = args[0] if args else kwargs["hidden_states"]
+def _by_position(states: torch.Tensor, length: int) -> torch.Tensor:
+    """`(L, ...)` from `(1, L, D)`, or from states with further streams in front of or behind the positions."""
+    return states.movedim(list(states.shape).index(length), 0).flatten(1)
+
+
+def _edges_by_gradient(module: torch.nn.Module, args: tuple, kwargs: dict, length: int) -> torch.Tensor:
+    hidden = args[0] if args else kwargs["hidden_states"]
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        leaf_1LD = hidden_1LD.detach().clone().requires_grad_(True)
-        output_1LD = _call_layer(module, args, kwargs, leaf_1LD)
-        weight_D = torch.randn(output_1LD.shape[-1], generator=generator).to(output_1LD)
-        score_L = (output_1LD[0] * weight_D).sum(-1)
-        rows = [torch.autograd.grad(score, leaf_1LD, retain_graph=True)[0] for score in score_L]
-    return torch.stack([(row[0] != 0).any(-1) for row in rows]).cpu()
+        leaf = hidden.detach().clone().requires_grad_(True)
+        output_LX = _by_position(_call_layer(module, args, kwargs, leaf), length)
+        weight_X = torch.randn(output_LX.shape[-1], generator=generator).to(output_LX)
+        score_L = (output_LX * weight_X).sum(-1)
+        rows = [torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in score_L]
+    return torch.stack([(_by_position(row, length) != 0).any(-1) for row in rows]).cpu()
 
 
-def _edges_by_perturbation(module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    hidden_1LD = args[0] if args else kwargs["hidden_states"]
-    base_1LD = _call_layer(module, args, kwargs, hidden_1LD)
+def _edges_by_perturbation(module: torch.nn.Module, args: tuple, kwargs: dict, length: int) -> torch.Tensor:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    base_LX = _by_position(_call_layer(module, args, kwargs, hidden), length)
     generator = torch.Generator().manual_seed(0)
-    shift_D = torch.randn(hidden_1LD.shape[-1], generator=generator).to(hidden_1LD) * hidden_1LD.std() * 10
+    position_dim = list(hidden.shape).index(length)
     columns = []
-    for j in range(hidden_1LD.shape[1]):
-        moved_1LD = hidden_1LD.clone()
-        moved_1LD[0, j] += shift_D
-        columns.append((_call_layer(module, args, kwargs, moved_1LD) - base_1LD)[0].abs().amax(-1))
+    for j in range(length):
+        moved = hidden.clone()
+        column = moved.select(position_dim, j)
+        column += torch.randn(column.shape, generator=generator).to(hidden) * hidden.std() * 10
+        columns.append((_by_position(_call_layer(module, args, kwargs, moved), length) - base_LX).abs().amax(-1))
     change_LL = torch.stack(columns, dim=1).float().cpu()
-    return change_LL > 1e-6 * float(base_1LD.abs().max())
+    return change_LL > 1e-6 * float(base_LX.abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------------ mask row

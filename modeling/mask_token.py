@@ -15,8 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 MASK_TOKEN = "<|MASK|>"
 ROW_MULTIPLE = 64
 # Tokens that a vocabulary sets aside without giving them a meaning. `<|reserved_special_token_0|>` (Llama 3),
-# `<unused0>` (Gemma), `<|placeholder1|>` (Phi), `[control_8]` (Mistral), `<extra_id_0>`, `<|dummy_0|>`, ...
-RESERVED = re.compile(r"[<\[]\|?_?(reserved|unused|placeholder|extra|dummy|control)[\w\- ]*?_?\d+_?\|?[>\]]", re.I)
+# `<unused0>` (Gemma), `<|placeholder1|>` (Phi), `[control_8]` and `<SPECIAL_12>` (Mistral), `>>UNUSED_0<<` (Falcon),
+# `<｜place▁holder▁no▁0｜>` (DeepSeek), `<extra_id_0>`, `<|dummy_0|>`, ...
+RESERVED = re.compile(
+    r"(?:[<\[][|｜]?|>>)_?(reserved|unused|placeholder|place▁holder|extra|dummy|control|special)[\w\-▁ ]*?_?\d+_?"
+    r"(?:[|｜]?[>\]]|<<)",
+    re.I,
+)
 # A row whose norm is this far below the usual was never trained.
 NEAR_ZERO = 0.1
 

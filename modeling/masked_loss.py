@@ -1,14 +1,25 @@
-"""Cross-entropy over the rows of logits that have a target.
+"""Cross-entropy over the positions that have a target, without ever holding their logits.
 
-Owns how a labelled row becomes a number, in fp32 whatever the model's dtype. Knows nothing of noise or schedules.
+Owns how a labelled row of hidden states becomes a number, in fp32 whatever the model's dtype. The output head and the
+cross-entropy run in chunks; each chunk's gradients are taken at once, while its logits exist, so that backward only
+scales them. Knows nothing of noise or schedules.
+
+Shapes: N rows with a target, V vocabulary rows, D hidden size, C rows of a chunk.
 """
 
+from collections.abc import Callable
+
 import torch
+from transformers import PreTrainedModel
+
+
+# Rows times vocabulary of one chunk's logits: 2^26 fp32 numbers are 256 MiB.
+CHUNK_LOGITS = 2**26
 
 
 def cross_entropy_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cross-entropy and exact hits of each row.
+    Cross-entropy and exact hits of rows whose logits are at hand.
 
     Args:
         logits_NV (`torch.Tensor` of shape `(N, V)`): scores; N may be 0.
@@ -22,15 +33,168 @@ def cross_entropy_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tupl
     return nll_N, logits_NV.detach().argmax(dim=-1) == targets_N
 
 
-def reduce_loss(
-    nll_N: torch.Tensor, weights_N: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross-entropies of `transform(hidden @ weight.T + bias)`, gradients taken in the forward."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, weights_N, transform, chunk_rows):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        nll_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        hit_N = torch.empty(hidden_ND.shape[0], dtype=torch.bool, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        # Summed over chunks in fp32: a half-precision sum would lose the small ones.
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        # Gradients are taken before any loss scaling, so half precision without bfloat16's range must not hold them.
+        wide = hidden_ND.dtype == torch.float16
+        if wide and needs_hidden:
+            grad_hidden_ND = grad_hidden_ND.float()
+        for start in range(0, hidden_ND.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
+            raw_CV = torch.nn.functional.linear(hidden_CD, weight_VD, bias_V)
+            if wide:
+                hidden_CD = hidden_CD.float()
+            logits_CV, slope_CV = transform(raw_CV)
+            logits_CV = logits_CV.float()
+            nll_N[rows] = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+            hit_N[rows] = logits_CV.argmax(dim=-1) == targets_C
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            # d(w * nll) / d logits = w * (softmax - onehot), then through the transform.
+            grad_CV = logits_CV.softmax(dim=-1)
+            grad_CV[torch.arange(targets_C.shape[0], device=targets_C.device), targets_C] -= 1.0
+            grad_CV *= weights_N[rows, None]
+            if slope_CV is not None:
+                grad_CV *= slope_CV.float()
+            grad_CV = grad_CV.to(hidden_CD.dtype)
+            if needs_hidden:
+                grad_hidden_ND[rows] = grad_CV @ weight_VD.to(grad_CV.dtype)
+            if needs_weight:
+                if grad_CV.dtype == torch.float32:
+                    grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+                else:
+                    grad_weight_VD += grad_CV.T @ hidden_CD
+            if needs_bias:
+                grad_bias_V += grad_CV.float().sum(dim=0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.mark_non_differentiable(nll_N, hit_N)
+        return (nll_N * weights_N).sum(), nll_N, hit_N
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_nll, _grad_hit):
+        hidden, weight, bias = ctx.saved_tensors
+        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if hidden is None else (hidden * grad_loss.to(hidden.dtype)).to(hidden_dtype),
+            None if weight is None else (weight * grad_loss).to(weight_dtype),
+            None if bias is None else (bias * grad_loss).to(bias_dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor,
+    head: torch.nn.Linear,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    transform: Callable | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The weighted sum of cross-entropies of an output head, in chunks of rows.
+
+    Args:
+        hidden_ND (`torch.Tensor` of shape `(N, D)`): what goes into the head.
+        head (`torch.nn.Linear`): the output head.
+        targets_N (`torch.LongTensor` of shape `(N,)`): target ids.
+        weights_N (`torch.Tensor` of shape `(N,)`): what each row counts.
+        transform (`Callable`, *optional*): what follows the head; returns the logits and their elementwise slope.
+        chunk_rows (`int`, *optional*): rows per chunk; by default as many as fit `CHUNK_LOGITS`.
+
+    Returns:
+        `tuple`: the loss with gradient; the cross-entropies in nats and the exact hits of the rows, without.
+    """
+    chunk_rows = chunk_rows or max(1, CHUNK_LOGITS // head.weight.shape[0])
+    return _LinearCrossEntropy.apply(
+        hidden_ND,
+        head.weight,
+        head.bias,
+        targets_N.to(hidden_ND.device),
+        weights_N.to(device=hidden_ND.device, dtype=torch.float32),
+        transform or _identity,
+        chunk_rows,
+    )
+
+
+def _identity(raw_CV: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return raw_CV, None
+
+
+def head_transforms(model: PreTrainedModel) -> list[Callable]:
+    """What a parent may do to the scores after its head, as its configuration names it: nothing, a scale, a cap."""
+    values = model.config.get_text_config().to_dict()
+    candidates: list[Callable] = [_identity]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping", "logits_soft_cap"):
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            if "cap" in name:
+                candidates.append(_softcap(value))
+            else:
+                candidates += [_scale(value), _scale(1.0 / value)]
+    return candidates
+
+
+def matching_transform(candidates: list[Callable], raw_NV: torch.Tensor, parents_NV: torch.Tensor) -> Callable | None:
+    """
+    The transform that turns rows straight from the head into the rows that the parent returns.
+
+    Args:
+        candidates (`list[Callable]`): of [`head_transforms`].
+        raw_NV (`torch.Tensor` of shape `(N, V)`): a few rows straight from the head.
+        parents_NV (`torch.Tensor` of shape `(N, V)`): the same rows as the parent returns them.
+
+    Returns:
+        `Callable` for [`linear_cross_entropy`]; `None` where nothing explains the parent's rows.
+    """
+    if parents_NV.shape != raw_NV.shape:
+        return None
+    for transform in candidates:
+        if torch.allclose(transform(raw_NV)[0].float(), parents_NV.float(), atol=1e-5, rtol=1e-3):
+            return transform
+    return None
+
+
+def _scale(factor: float) -> Callable:
+    return lambda raw_CV: (raw_CV * factor, torch.full((), factor, device=raw_CV.device))
+
+
+def _softcap(cap: float) -> Callable:
+    def transform(raw_CV):
+        squashed_CV = torch.tanh(raw_CV / cap)
+        return squashed_CV * cap, 1.0 - squashed_CV.float() ** 2
+
+    return transform
+
+
+def row_weights(
+    count: int,
+    device: torch.device,
+    weights_N: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
     """
-    The loss of a batch: the weighted sum where there are weights, else the sum over `num_items_in_batch`, else the
-    mean. Zero, with a gradient path, where no row has a target.
+    What each labelled row counts in the loss: its given weight; else 1 over `num_items_in_batch`; else 1 over their
+    number, so that the loss is the mean.
+
+    Returns:
+        `torch.Tensor` of shape `(count,)`, fp32.
     """
     if weights_N is not None:
-        return (nll_N * weights_N.to(nll_N)).sum()
-    if num_items_in_batch is not None:
-        return nll_N.sum() / num_items_in_batch
-    return nll_N.sum() / max(nll_N.shape[0], 1)
+        return weights_N.to(device=device, dtype=torch.float32)
+    divisor = max(count, 1) if num_items_in_batch is None else num_items_in_batch
+    return torch.ones(count, device=device) / divisor

@@ -6,17 +6,15 @@ checkpoint is read and written. No per-family code: the pattern reaches the pare
 Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits that somebody asked for.
 """
 
-import contextlib
 import inspect
 import os
 import shutil
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -25,10 +23,12 @@ from transformers.utils import logging
 
 from .attention_interface import PatternInForce, install, keep_pattern, pattern_in_force
 from .attention_pattern import AttentionPattern
+from .causal_buffers import open_causal_buffers
 from .configuration_a2d import A2DConfig
 from .generation_a2d import A2DGenerationMixin
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
-from .masked_loss import cross_entropy_rows, reduce_loss
+from .output_head import HeadRows, OutputHead, head_rows
+from .parent_models import build_parent, cache_forgets, check_causal_lm
 from .token_layout import TokenLayout, rows_through_head
 
 
@@ -66,37 +66,6 @@ class A2DOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
 
 
-# The rows of the flattened hidden states that the current forward pass wants through the head.
-_HEAD_ROWS: ContextVar[torch.Tensor | None] = ContextVar("a2d_head_rows", default=None)
-
-
-def _gather_head_rows(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]):
-    """
-    Forward pre-hook of the output head: keeps the wanted rows, so that the rest never meets the vocabulary.
-
-    A hook, because what follows the head (soft-caps, logit scales) is the parent's own code and stays so.
-    """
-    rows_N = _HEAD_ROWS.get()
-    if rows_N is None:
-        return None
-    hidden_BLD = inputs[0]
-    return (hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[rows_N][None],)
-
-
-@contextlib.contextmanager
-def _head_rows(head: torch.nn.Module, rows_N: torch.Tensor | None):
-    if rows_N is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(_gather_head_rows)
-    token = _HEAD_ROWS.set(rows_N)
-    try:
-        yield
-    finally:
-        _HEAD_ROWS.reset(token)
-        handle.remove()
-
-
 class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
     """
     A masked diffusion language model made of an autoregressive one.
@@ -110,7 +79,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
     """
 
     config_class = A2DConfig
-    base_model_prefix = "backbone"
+    # Not "backbone": the checkpoints of some parents (Mamba, Nemotron-H) use that very prefix in their own names.
+    base_model_prefix = "parent"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -124,10 +94,12 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         super().__init__(config)
         install()
         if backbone is None:
-            backbone = AutoModelForCausalLM.from_config(config.text_config)
-        self.backbone = backbone
+            backbone = build_parent(config.text_config)
+        self.parent = backbone
+        open_causal_buffers(backbone)
         # One object for both, so that resizing or another attention implementation is seen by both.
         config.text_config = backbone.config
+        config.text_config.architectures = [type(backbone).__name__]
         config._attn_implementation_internal = backbone.config._attn_implementation
         prefix = self.base_model_prefix
         tied = backbone.all_tied_weights_keys or {}
@@ -135,8 +107,14 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         self._accepts_position_ids = "position_ids" in inspect.signature(backbone.forward).parameters
         # Models of the old kind call a kernel of their own, which reads "no mask" as "causal".
         self._none_means_open = bool(type(backbone)._supports_attention_backend)
+        self._output_head = OutputHead(backbone)
         self.mask_token: MaskToken | None = None
         self.post_init()
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The parent, unchanged."""
+        return self.parent
 
     # ------------------------------------------------------------------------------------------------ construction
 
@@ -190,7 +168,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
                 config = cls.config_class.from_dict({**config.to_dict(), **fields})
             kwargs.pop("trust_remote_code", None)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        _check_causal_lm(config)
+        check_causal_lm(config)
         if tokenizer is None and mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(
                 pretrained_model_name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
@@ -222,7 +200,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         Returns:
             [`A2DForMaskedDiffusion`]
         """
-        _check_causal_lm(model.config)
+        model.config.architectures = [type(model).__name__]
+        check_causal_lm(model.config)
         wrapped = cls(cls.config_class(text_config=model.config, **fields), backbone=model)
         wrapped.train(model.training)
         wrapped.name_or_path = model.name_or_path
@@ -374,12 +353,15 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             inputs["position_ids"] = layout.position_BL
         if output_hidden_states is not None:
             inputs["output_hidden_states"] = output_hidden_states
-        if use_cache and past_key_values is None and state is not None:
+        if use_cache and past_key_values is None and state is not None and cache_forgets(self.backbone.config):
             # The parent's own choice drops what has left a causal window, but an opened layer still looks there.
             past_key_values = DynamicCache()
         if past_key_values is not None:
             inputs["past_key_values"] = past_key_values
-        with pattern_in_force(state), _head_rows(self.get_output_embeddings(), rows_N):
+        head = self.get_output_embeddings()
+        in_chunks = labels is not None and self._output_head.runs_in_chunks(head, tokens)
+        wanted = None if rows_N is None else HeadRows(rows_N, catch=in_chunks)
+        with pattern_in_force(state), head_rows(head, wanted):
             outputs = self.backbone(
                 **inputs,
                 # Given even where it is all ones: without it transformers guesses packing from the positions.
@@ -389,26 +371,28 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
                 **kwargs,
             )
 
-        # 4. Scores of the wanted positions.
-        logits = outputs.logits if rows_N is None else outputs.logits[0]
-        if blind is not None:
-            logits = logits.masked_fill(blind[..., None], 0.0)  # nothing stands before them: uniform
+        # 4. Scores of the wanted positions, or the loss over the labelled ones.
         result = A2DOutput(
-            logits=logits if labels is None else None,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             aux_loss=outputs.get("aux_loss"),
         )
-        if labels is None and rows_N is not None and logits_mask is None:
-            result.logits = logits.view(*shape, -1)
-
-        # 5. The loss over the labelled ones.
-        if labels is not None:
-            nll_N, result.token_hit = cross_entropy_rows(logits, labels[wanted_BL])
-            result.token_nll = nll_N.detach()
+        if labels is None:
+            logits = outputs.logits if rows_N is None else outputs.logits[0]
+            if blind is not None:
+                logits = logits.masked_fill(blind[..., None], 0.0)  # nothing stands before them: uniform
+            result.logits = logits.view(*shape, -1) if wanted_BL is None else logits
+        else:
+            if blind is not None and bool(blind.any()):
+                raise ValueError(
+                    "`labels` mark the first token of a row or document, which nothing stands before: with "
+                    "`token_shift` it cannot be predicted; set its label to -100."
+                )
             weights_N = None if loss_weights is None else loss_weights[wanted_BL]
-            result.loss = reduce_loss(nll_N, weights_N, num_items_in_batch)
+            result.loss, result.token_nll, result.token_hit = self._output_head.loss(
+                head, outputs.logits, wanted, labels[wanted_BL], weights_N, num_items_in_batch
+            )
         return result if return_dict is None or return_dict else result.to_tuple()
 
     def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
@@ -463,10 +447,3 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             self.generation_config.save_pretrained(folder)
         if push_to_hub and is_main_process:
             self.push_to_hub(hub.pop("repo_id", folder.name), **hub)
-
-
-def _check_causal_lm(config: PreTrainedConfig) -> None:
-    if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is an encoder-decoder model; only decoder language models convert.")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"transformers has no causal language model of type {config.model_type!r}.")

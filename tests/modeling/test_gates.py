@@ -176,7 +176,12 @@ def test_gpt_neo_is_the_trap_that_passes_identity_and_never_opens():
     model = A2DForMaskedDiffusion.from_causal_lm(copy.deepcopy(parent), mask_token_id=MASK_ID)
     identity, reach = identity_gate(model, parent), reach_gate(model)
     assert identity.detail["max_abs_diff"] == 0.0
-    assert not reach.passed and "stays causal" in reach.message
+    assert reach.passed and reach.detail["open_layers"] == 2 and reach.detail["window_crossed"]
+    for module in model.backbone.modules():
+        for handle in [*module._forward_pre_hooks]:
+            del module._forward_pre_hooks[handle]  # without the stand-in for its own causal buffers
+    assert identity_gate(model, parent).passed
+    assert "stays causal" in reach_gate(model).message
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -33,7 +33,17 @@ def test_the_first_free_row_comes_next():
 
 @pytest.mark.parametrize(
     "name",
-    ["<|reserved_special_token_0|>", "<unused0>", "<|placeholder1|>", "[control_8]", "<extra_id_0>", "<|dummy_0|>"],
+    [
+        "<|reserved_special_token_0|>",
+        "<unused0>",
+        "<|placeholder1|>",
+        "[control_8]",
+        "<extra_id_0>",
+        "<|dummy_0|>",
+        "<SPECIAL_12>",
+        ">>UNUSED_0<<",
+        "<｜place▁holder▁no▁0｜>",
+    ],
 )
 def test_then_a_reserved_token(name):
     tokenizer = tiny_tokenizer()
