@@ -8,8 +8,6 @@ Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits tha
 
 import inspect
 import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +15,23 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
 
 from .attention_interface import PatternInForce, install, keep_pattern, pattern_in_force
 from .attention_pattern import AttentionPattern
 from .causal_buffers import open_causal_buffers
+from .checkpoint_writing import write_checkpoint
 from .configuration_a2d import A2DConfig
 from .generation_a2d import A2DGenerationMixin
+from .generation_config_a2d import A2DGenerationConfig
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
+from .modeling_outputs_a2d import A2DOutput
 from .output_head import HeadRows, OutputHead, head_rows
 from .parent_models import build_parent, cache_forgets, check_causal_lm
 from .token_layout import TokenLayout, rows_through_head
 
 
-logger = logging.get_logger(__name__)
-
 # What `from_pretrained` passes on to the tokenizer and the configuration of the parent.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# The auto classes that load a converted checkpoint.
-AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
-
-
-@dataclass
-class A2DOutput(ModelOutput):
-    """
-    Output of [`A2DForMaskedDiffusion`].
-
-    Attributes:
-        loss (`torch.Tensor` of shape `()`, *optional*): returned when `labels` are given.
-        logits (`torch.Tensor` of shape `(B, L, V)`, or `(N, V)` with `logits_mask`): scores of the token AT each
-            position; `None` when `labels` are given.
-        token_nll (`torch.Tensor` of shape `(N,)`): cross-entropy of each labelled position in nats, detached, in
-            row-major order.
-        token_hit (`torch.Tensor` of shape `(N,)`): whether each labelled position was predicted exactly.
-        past_key_values, hidden_states, attentions: as the parent returns them.
-        aux_loss (`torch.Tensor`, *optional*): the router loss of a mixture-of-experts parent.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    token_nll: torch.Tensor | None = None
-    token_hit: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    aux_loss: torch.Tensor | None = None
 
 
 class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
@@ -79,6 +47,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
     """
 
     config_class = A2DConfig
+    # Said here, because PreTrainedModel's own answer would come before the mixin's.
+    generation_config_class = A2DGenerationConfig
     # Not "backbone": the checkpoints of some parents (Mamba, Nemotron-H) use that very prefix in their own names.
     base_model_prefix = "parent"
     main_input_name = "input_ids"
@@ -205,6 +175,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         wrapped = cls(cls.config_class(text_config=model.config, **fields), backbone=model)
         wrapped.train(model.training)
         wrapped.name_or_path = model.name_or_path
+        if model.generation_config is not None:
+            wrapped.generation_config = A2DGenerationConfig.from_dict(model.generation_config.to_dict())
         if hasattr(model, "hf_quantizer"):
             wrapped.hf_quantizer = model.hf_quantizer
             wrapped.is_quantized = model.is_quantized
@@ -344,7 +316,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         # 3. The parent, with the pattern in force.
         state = self._pattern_in_force(pattern, layout)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        if layout.position_BK is not None:
+        if layout.moves_positions:
             if not self._accepts_position_ids:
                 raise ValueError(
                     f"{type(self.backbone).__name__} takes no `position_ids`, so it cannot serve padding on the left, "
@@ -422,28 +394,11 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         **kwargs,
     ) -> None:
         """
-        Saves the checkpoint: weights under the PARENT's names, by the parent's own `save_pretrained`, so that its own
-        class, PEFT, quantizers and engines read them; and beside them this model's configuration and code.
-
-        Args are those of [`~transformers.PreTrainedModel.save_pretrained`].
+        Saves the checkpoint: weights under the PARENT's names, so that its own class, PEFT, quantizers and engines
+        read them; and beside them this model's configuration and code. Args are those of
+        [`~transformers.PreTrainedModel.save_pretrained`].
         """
         hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "token") if name in kwargs}
-        folder = Path(save_directory)
-        if state_dict is not None:
-            prefix = f"{self.base_model_prefix}."
-            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-        self.backbone.save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-        if is_main_process:
-            self.config.architectures = [type(self).__name__]
-            self.config.dtype = self.backbone.dtype
-            # The code travels along, so that a stranger loads the checkpoint with `trust_remote_code=True`.
-            for file in (__file__, *get_relative_import_files(__file__)):
-                shutil.copyfile(file, folder / Path(file).name)
-            self.config.auto_map = {
-                "AutoConfig": "configuration_a2d.A2DConfig",
-                **{auto: "modeling_a2d.A2DForMaskedDiffusion" for auto in AUTO_CLASSES},
-            }
-            self.config.save_pretrained(folder)
-            self.generation_config.save_pretrained(folder)
+        write_checkpoint(self, Path(save_directory), is_main_process, state_dict, **kwargs)
         if push_to_hub and is_main_process:
-            self.push_to_hub(hub.pop("repo_id", folder.name), **hub)
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)

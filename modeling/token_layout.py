@@ -114,6 +114,15 @@ class TokenLayout:
             return None
         return self.position_BK[:, self.seen :].expand(self.shape[0], -1)
 
+    @property
+    def moves_positions(self) -> bool:
+        """Whether a real token stands elsewhere than the parent would put it; padding on the right moves none."""
+        if self.position_BK is None:
+            return False
+        natural_K = torch.arange(self.position_BK.shape[1], device=self.device)
+        moved_BK = self.position_BK != natural_K
+        return bool((moved_BK if self.valid_BK is None else moved_BK & self.valid_BK).any())
+
     def library_mask(self, attention_mask: torch.Tensor | None, needed: bool) -> torch.Tensor | None:
         """
         The 2-D mask for the parent. With a pattern in force it is always there: without one, transformers guesses

@@ -1,0 +1,55 @@
+"""How a converted checkpoint is written.
+
+Owns the layout of the folder: the parent's own `save_pretrained` writes the weights under the parent's names (shards,
+ties and expert layouts are its business), then this model's configuration replaces the parent's and the code that
+reads it travels along. Takes the model as it is, and changes only what its configuration says about itself.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# The auto classes that load a converted checkpoint.
+AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+MODEL_FILE = Path(__file__).with_name("modeling_a2d.py")
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    """
+    Writes a checkpoint that a stranger loads with `trust_remote_code=True`, and that the parent's own class reads.
+
+    Args:
+        model (`A2DForMaskedDiffusion`): what to write.
+        folder (`Path`): where.
+        is_main_process (`bool`, *optional*, defaults to `True`): whether this process writes what is no tensor.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): weights to write instead of the model's own, by the names
+            that they have inside it.
+        kwargs: passed to the parent's `save_pretrained`, for example `max_shard_size`.
+    """
+    if state_dict is not None:
+        prefix = f"{model.base_model_prefix}."
+        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    model.backbone.save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+    if not is_main_process:
+        return
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.backbone.dtype
+    for file in (MODEL_FILE, *get_relative_import_files(MODEL_FILE)):
+        shutil.copyfile(file, folder / Path(file).name)
+    model.config.auto_map = {
+        "AutoConfig": "configuration_a2d.A2DConfig",
+        **{auto: "modeling_a2d.A2DForMaskedDiffusion" for auto in AUTO_CLASSES},
+    }
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
