@@ -107,6 +107,23 @@ class AttentionPattern:
         """
         return cls("bd3lm", block_size=block_size, clean_context=clean_context, views=views)
 
+    @classmethod
+    def named(cls, name: str, block_size: int | None = None) -> "AttentionPattern":
+        """`"causal"`, `"bidirectional"` or `"block_causal"`, the last with the block size of a model's config."""
+        if name in ("causal", "bidirectional"):
+            return cls(name)
+        if name != "block_causal":
+            raise ValueError(
+                "`attention_pattern` must be bidirectional, causal, block_causal or an AttentionPattern, not "
+                f"{name!r}."
+            )
+        if block_size is None:
+            raise ValueError(
+                '`attention_pattern="block_causal"` needs `config.block_size`; set it, or pass '
+                "`AttentionPattern.block_causal(block_size)`."
+            )
+        return cls.block_causal(block_size)
+
     @property
     def copies(self) -> int:
         """How many copies of the sequence stand side by side in the input: 1, or `views + 1` for `bd3lm`."""

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits tha
 
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .generation_config_a2d import A2DGenerationConfig
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
 from .modeling_outputs_a2d import A2DOutput
 from .output_head import HeadRows, OutputHead, head_rows
-from .parent_models import build_parent, cache_forgets, check_causal_lm
+from .parent_models import build_parent, cache_forgets, check_causal_lm, has_recurrence
 from .token_layout import TokenLayout, rows_through_head
 
 
@@ -75,6 +76,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         tied = backbone.all_tied_weights_keys or {}
         self._tied_weights_keys = {f"{prefix}.{target}": f"{prefix}.{source}" for target, source in tied.items()}
         self._accepts_position_ids = "position_ids" in inspect.signature(backbone.forward).parameters
+        self._has_recurrence = has_recurrence(backbone.config)
         # Models of the old kind call a kernel of their own, which reads "no mask" as "causal".
         self._none_means_open = bool(type(backbone)._supports_attention_backend)
         self._output_head = OutputHead(backbone)
@@ -119,13 +121,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             [`A2DForMaskedDiffusion`]
         """
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        fields = {
-            "objective": objective,
-            "block_size": block_size,
-            "token_shift": token_shift,
-            "clean_context": clean_context,
-            "sliding_window": sliding_window,
-        }
+        fields = dict(objective=objective, block_size=block_size, token_shift=token_shift)
+        fields |= dict(clean_context=clean_context, sliding_window=sliding_window)
         fields = {name: value for name, value in fields.items() if value is not None}
         if config is None:
             config = AutoConfig.from_pretrained(
@@ -205,6 +202,11 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    @property
+    def output_transform(self) -> Callable | None:
+        """What the parent does to the scores behind its head; known once a loss was asked for."""
+        return self._output_head.transform
+
     # -------------------------------------------------------------------------------------------------- embeddings
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -233,23 +235,8 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         """Turns what a caller passed as `attention_pattern` into an [`AttentionPattern`]."""
         if isinstance(attention_pattern, AttentionPattern):
             return attention_pattern
-        if attention_pattern is None:
-            attention_pattern = "bidirectional" if self.config.objective == "mdlm" else "block_causal"
-        if attention_pattern == "bidirectional":
-            return AttentionPattern.bidirectional()
-        if attention_pattern == "causal":
-            return AttentionPattern.causal()
-        if attention_pattern == "block_causal":
-            if self.config.block_size is None:
-                raise ValueError(
-                    '`attention_pattern="block_causal"` needs `config.block_size`; set it, or pass '
-                    "`AttentionPattern.block_causal(block_size)`."
-                )
-            return AttentionPattern.block_causal(self.config.block_size)
-        raise ValueError(
-            f"`attention_pattern` must be bidirectional, causal, block_causal or an AttentionPattern, not "
-            f"{attention_pattern!r}."
-        )
+        default = "bidirectional" if self.config.objective == "mdlm" else "block_causal"
+        return AttentionPattern.named(attention_pattern or default, self.config.block_size)
 
     def forward(
         self,
@@ -307,6 +294,12 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         # 1. Where every token stands: logical positions, padding, documents, copies.
         layout = TokenLayout.of(pattern, shape, device, attention_mask, position_ids, document_ids, past_key_values)
 
+        if self._has_recurrence and (layout.copy_K is not None or layout.document_BK is not None):
+            raise ValueError(
+                f"{type(self.backbone).__name__} has recurrent layers, which read packed documents and the doubled "
+                'sequence of block diffusion as one text: train it with `objective="mdlm"`, one document per row.'
+            )
+
         # 2. Which hidden state scores which position, and which of them are wanted.
         wanted_BL = labels != -100 if labels is not None else logits_mask
         shifted = self.config.token_shift and not pattern.is_causal
@@ -362,6 +355,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
                     "`token_shift` it cannot be predicted; set its label to -100."
                 )
             weights_N = None if loss_weights is None else loss_weights[wanted_BL]
+            result.head_input = wanted.caught_ND
             result.loss, result.token_nll, result.token_hit = self._output_head.loss(
                 head, outputs.logits, wanted, labels[wanted_BL], weights_N, num_items_in_batch
             )

@@ -19,6 +19,8 @@ class A2DOutput(ModelOutput):
         token_nll (`torch.Tensor` of shape `(N,)`): cross-entropy of each labelled position in nats, detached, in
             row-major order.
         token_hit (`torch.Tensor` of shape `(N,)`): whether each labelled position was predicted exactly.
+        head_input (`torch.Tensor` of shape `(N, D)`): what went into the head for each labelled position, with
+            gradient, for losses of a trainer's own.
         past_key_values, hidden_states, attentions: as the parent returns them.
         aux_loss (`torch.Tensor`, *optional*): the router loss of a mixture-of-experts parent.
     """
@@ -27,6 +29,7 @@ class A2DOutput(ModelOutput):
     logits: torch.Tensor | None = None
     token_nll: torch.Tensor | None = None
     token_hit: torch.Tensor | None = None
+    head_input: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None

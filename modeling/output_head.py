@@ -40,9 +40,9 @@ def _at_the_head(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> t
     if wanted is None:
         return None
     hidden_XD = inputs[0].reshape(-1, inputs[0].shape[-1])
-    if not wanted.catch:
-        return (hidden_XD[wanted.rows_N][None],)
     wanted.caught_ND = hidden_XD[wanted.rows_N]
+    if not wanted.catch:
+        return (wanted.caught_ND[None],)
     return (hidden_XD[None, :1].detach(),)
 
 

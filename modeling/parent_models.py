@@ -5,7 +5,12 @@ Owns the checks and choices that a parent's class decides. No family is named he
 
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -19,11 +24,24 @@ def build_parent(config: PreTrainedConfig) -> PreTrainedModel:
     return getattr(transformers, name)._from_config(config)
 
 
+def _cache_layers(config: PreTrainedConfig) -> list:
+    """The layers of the cache that transformers makes for a parent: the one place that says what each layer keeps."""
+    try:
+        return DynamicCache(config=config.get_text_config()).layers
+    except KeyError:  # a kind of layer that brings a cache of its own
+        return []
+
+
 def cache_forgets(config: PreTrainedConfig) -> bool:
     """Whether the cache that a parent makes for itself is all attention and drops tokens that left a window."""
-    layers = DynamicCache(config=config).layers
+    layers = _cache_layers(config)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return plain and any(layer.is_sliding for layer in layers)
+
+
+def has_recurrence(config: PreTrainedConfig) -> bool:
+    """Whether some layers carry a state from left to right: state-space, linear attention, convolution."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _cache_layers(config))
 
 
 def check_causal_lm(config: PreTrainedConfig) -> None:
