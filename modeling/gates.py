@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_interface import PatternInForce, pattern_in_force
 from .attention_pattern import AttentionPattern
+from .layer_edges import layer_edges
 from .mask_token import MaskToken, embedding_matrices, is_near_zero, mean_of_trained_rows, written_rows
 from .modeling_a2d import A2DForMaskedDiffusion
+from .parent_models import recurrent_layers
 
 
 # A probe must be longer than every window, but its reach is tested edge by edge, which costs its square.
@@ -186,24 +187,7 @@ def _changed_tensors(model: A2DForMaskedDiffusion, parent: PreTrainedModel) -> l
 # --------------------------------------------------------------------------------------------------------------- reach
 
 
-def decoder_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated layers of a model, outermost ones only, in order; those of other towers included."""
-    found: list[tuple[str, torch.nn.Module]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, GradientCheckpointingLayer) and not inside:
-            found.append((name, module))
-    if found:
-        return found
-    # Models from before that base class: the members of a list as long as the model is deep.
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return [(f"{name}.{index}", layer) for index, layer in enumerate(module)]
-    return []
-
-
-def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed: int = 0) -> GateResult:
+def reach_gate(model: A2DForMaskedDiffusion, *, seed: int = 0) -> GateResult:
     """
     With the open pattern every layer sees what it should and nothing else, each layer tested alone.
 
@@ -211,12 +195,10 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
     (windows kept) or every edge (windows open); inside the block-causal pattern, those of them that do not look into
     a later block. An edge from j to i is there when the gradient of the layer's output at i by its input at j is not
     exactly zero, which needs no threshold. (On CPU flex attention has no gradients: there a large change of the input
-    at j is traced instead.)
+    at j is traced instead.) Only a recurrent layer may stay causal: the gate counts how many opened.
 
     Args:
         model ([`A2DForMaskedDiffusion`]): the conversion.
-        allow_hybrid (`bool`, *optional*, defaults to `False`): accept layers that stay causal (recurrent ones), and
-            report how many opened.
         seed (`int`, *optional*, defaults to `0`): draws the probe.
 
     Returns:
@@ -226,9 +208,9 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
     ids_1L = _probe(model, length, seed)
     block_size = max(2, length // 3)
     with _evaluating(model):
-        causal = _layer_edges(model, ids_1L, AttentionPattern.causal())
-        opened = _layer_edges(model, ids_1L, AttentionPattern.bidirectional())
-        blocked = _layer_edges(model, ids_1L, AttentionPattern.block_causal(block_size))
+        causal = layer_edges(model, ids_1L, AttentionPattern.causal())
+        opened = layer_edges(model, ids_1L, AttentionPattern.bidirectional())
+        blocked = layer_edges(model, ids_1L, AttentionPattern.block_causal(block_size))
     names = list(causal)  # the layers that text goes through, in order
     if not names:
         return GateResult("reach", False, "No decoder layer was found, so nothing can be proven.", {})
@@ -236,6 +218,10 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
     allowed_LL = block_L[None, :] <= block_L[:, None]
     lower_LL = torch.ones(length, length, dtype=torch.bool).tril()
     layer_types = getattr(model.config.text_config.get_text_config(), "layer_types", None)
+    recurrent = recurrent_layers(model.backbone.config)
+    if len(recurrent) != len(names):
+        recurrent = [False] * len(names)
+    diagonal_LL = torch.eye(length, dtype=torch.bool)
     layers, faults, open_count, windows_seen = [], [], 0, False
     for index, name in enumerate(names):
         own_LL = causal[name]
@@ -248,7 +234,9 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
         exact = bool((opened[name] == expected_LL).all())
         block_exact = bool((blocked[name] == (expected_LL & allowed_LL)).all())
         closed = bool((opened[name] == own_LL).all())
-        open_count += exact
+        # A layer that moves nothing between positions (feed-forward only) has nothing to open.
+        mixes = bool((own_LL & ~diagonal_LL).any())
+        open_count += exact and mixes
         kind = layer_types[index] if layer_types and len(layer_types) == len(names) else "layer"
         layers.append(
             {
@@ -261,7 +249,7 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
                 "closed": closed,
             }
         )
-        if not (exact and block_exact) and not (closed and allow_hybrid):
+        if not (exact and block_exact) and not (closed and recurrent[index]):
             faults.append(name)
     window = longest_window(model.backbone)
     detail = {
@@ -289,79 +277,6 @@ def reach_gate(model: A2DForMaskedDiffusion, *, allow_hybrid: bool = False, seed
     )
     message = f"{len(faults)} of {len(names)} layers do not open as they should; the first, {faults[0]}, {what}."
     return GateResult("reach", False, message, detail)
-
-
-def _layer_edges(
-    model: A2DForMaskedDiffusion, ids_1L: torch.Tensor, pattern: AttentionPattern
-) -> dict[str, torch.Tensor]:
-    """Edges of each layer under a pattern: booleans `(L, L)`, [i, j] True where input j moves output i."""
-    edges: dict[str, torch.Tensor] = {}
-    differentiable = not (model.config._attn_implementation == "flex_attention" and ids_1L.device.type == "cpu")
-    trace = _edges_by_gradient if differentiable else _edges_by_perturbation
-    replaying = False
-
-    def hook(name):
-        def replay(module, args, kwargs, output):
-            # Inside the forward pass, so that mask, positions and the pattern in force are those of the real call.
-            nonlocal replaying
-            if replaying:
-                return
-            replaying = True
-            try:
-                inputs = {k: v for k, v in kwargs.items() if k != "past_key_values"}
-                edges[name] = trace(module, args, inputs, ids_1L.shape[1])
-            finally:
-                replaying = False
-
-        return replay
-
-    handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True) for name, module in decoder_layers(model.backbone)
-    ]
-    try:
-        with torch.no_grad():
-            model(input_ids=ids_1L, attention_pattern=pattern)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return edges
-
-
-def _call_layer(module: torch.nn.Module, args: tuple, kwargs: dict, hidden: torch.Tensor) -> torch.Tensor:
-    output = module(hidden, *args[1:], **kwargs) if args else module(**{**kwargs, "hidden_states": hidden})
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def _by_position(states: torch.Tensor, length: int) -> torch.Tensor:
-    """`(L, ...)` from `(1, L, D)`, or from states with further streams in front of or behind the positions."""
-    return states.movedim(list(states.shape).index(length), 0).flatten(1)
-
-
-def _edges_by_gradient(module: torch.nn.Module, args: tuple, kwargs: dict, length: int) -> torch.Tensor:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
-        leaf = hidden.detach().clone().requires_grad_(True)
-        output_LX = _by_position(_call_layer(module, args, kwargs, leaf), length)
-        weight_X = torch.randn(output_LX.shape[-1], generator=generator).to(output_LX)
-        score_L = (output_LX * weight_X).sum(-1)
-        rows = [torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in score_L]
-    return torch.stack([(_by_position(row, length) != 0).any(-1) for row in rows]).cpu()
-
-
-def _edges_by_perturbation(module: torch.nn.Module, args: tuple, kwargs: dict, length: int) -> torch.Tensor:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    base_LX = _by_position(_call_layer(module, args, kwargs, hidden), length)
-    generator = torch.Generator().manual_seed(0)
-    position_dim = list(hidden.shape).index(length)
-    columns = []
-    for j in range(length):
-        moved = hidden.clone()
-        column = moved.select(position_dim, j)
-        column += torch.randn(column.shape, generator=generator).to(hidden) * hidden.std() * 10
-        columns.append((_by_position(_call_layer(module, args, kwargs, moved), length) - base_LX).abs().amax(-1))
-    change_LL = torch.stack(columns, dim=1).float().cpu()
-    return change_LL > 1e-6 * float(base_LX.abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------------ mask row

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .attention_pattern import AttentionPattern
+from .block_cache_a2d import BlockCache
 from .candidate_tokens_a2d import CandidateTokens
 from .canvas_a2d import A2DGenerationOutput, Canvas
 from .decoding_call_a2d import (
@@ -39,6 +40,9 @@ class A2DGenerationMixin:
 
     generation_config_class = A2DGenerationConfig
     output_modalities = ("text",)
+    # What a model says of its parent: whether finished blocks may come from a cache, and rows stand at any position.
+    _caches_blocks = False
+    _accepts_position_ids = True
 
     def generate(
         self, inputs: torch.LongTensor | None = None, generation_config: GenerationConfig | None = None, **kwargs
@@ -146,6 +150,7 @@ class A2DGenerationMixin:
             pad_token_id=pad_token_of(config, bool(criteria)),
             remasking=config.remasking is not None,
         )
+        cache = self._block_cache(config, canvas, pattern, attention_block)
         stream = _Stream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
@@ -157,7 +162,11 @@ class A2DGenerationMixin:
             scope_BT, tokens_BT = canvas.scope()[rows], canvas.tokens_RT[rows]
 
             # 2.b. Forward: logits of those positions only.
-            logits_NV = self._logits_of(tokens_BT, canvas.valid_RT[rows], scope_BT, pattern, attention_block)
+            valid_BT = canvas.valid_RT[rows]
+            if cache is None:
+                logits_NV = self._logits_of(tokens_BT, valid_BT, scope_BT, pattern, attention_block)
+            else:
+                logits_NV = cache.logits_of(self, rows, tokens_BT, valid_BT, scope_BT, pattern)
             num_forwards += 1
 
             # 2.c. Logits processors, then a candidate token for each position.
@@ -202,7 +211,7 @@ class A2DGenerationMixin:
         attention_block: int | None,
     ) -> torch.Tensor:
         """
-        The logits of the positions in `scope_BT`, `(N, V)` in row-major order: the one place that calls the model.
+        The logits of the positions in `scope_BT`, `(N, V)` in row-major order, from a pass over the whole rows.
 
         What no scored position can see is left off: padding that only finished rows needed and, under a block-causal
         pattern, the blocks behind the last active one.
@@ -254,6 +263,25 @@ class A2DGenerationMixin:
             return block_size, AttentionPattern.bd3lm(attention_block, clean_context="causal"), attention_block
         changed = attention_block != trained
         return block_size, AttentionPattern.block_causal(attention_block) if changed else None, attention_block
+
+    def _block_cache(
+        self,
+        config: A2DGenerationConfig,
+        canvas: Canvas,
+        pattern: AttentionPattern | None,
+        attention_block: int | None,
+    ) -> BlockCache | None:
+        """The cache of a call, or `None` where it would not be exact: the text never depends on it."""
+        if config.use_cache is False or attention_block is None or not self._caches_blocks:
+            return None
+        if pattern is not None and pattern.kind != "block_causal":
+            return None
+        rows, length = canvas.tokens_RT.shape
+        if rows > 1 and not self._accepts_position_ids:
+            return None  # rows would have to stand in the same block all the time
+        if self.training and self.is_gradient_checkpointing:
+            return None  # transformers takes the cache away then
+        return BlockCache(rows, length, attention_block, self.config.token_shift, canvas.tokens_RT.device)
 
     # ------------------------------------------------------------------------------------- what the ecosystem expects
 

@@ -27,11 +27,11 @@ from .generation_config_a2d import A2DGenerationConfig
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
 from .modeling_outputs_a2d import A2DOutput
 from .output_head import HeadRows, OutputHead, head_rows
-from .parent_models import build_parent, cache_forgets, check_causal_lm, has_recurrence
+from .parent_models import build_parent, cache_forgets, caches_blocks, check_causal_lm, has_recurrence
 from .token_layout import TokenLayout, rows_through_head
 
 
-# What `from_pretrained` passes on to the tokenizer and the configuration of the parent.
+# What `from_pretrained` passes on to the parent's tokenizer and configuration.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -77,6 +77,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         self._tied_weights_keys = {f"{prefix}.{target}": f"{prefix}.{source}" for target, source in tied.items()}
         self._accepts_position_ids = "position_ids" in inspect.signature(backbone.forward).parameters
         self._has_recurrence = has_recurrence(backbone.config)
+        self._caches_blocks = caches_blocks(backbone)
         # Models of the old kind call a kernel of their own, which reads "no mask" as "causal".
         self._none_means_open = bool(type(backbone)._supports_attention_backend)
         self._output_head = OutputHead(backbone)
@@ -103,6 +104,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         token_shift: bool | None = None,
         clean_context: str | None = None,
         sliding_window: str | None = None,
+        allow_hybrid: bool = False,
         **kwargs,
     ) -> "A2DForMaskedDiffusion":
         """
@@ -115,6 +117,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             mask_token_id (`int`, *optional*): an id that no text uses, instead of the policy of `mask_token.py`.
             objective, block_size, token_shift, clean_context, sliding_window: fields of [`A2DConfig`]; for a converted
                 checkpoint they override what it was saved with.
+            allow_hybrid (`bool`, *optional*, defaults to `False`): convert though recurrent layers stay causal.
             kwargs: passed to [`~transformers.PreTrainedModel.from_pretrained`].
 
         Returns:
@@ -135,7 +138,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
                 config = cls.config_class.from_dict({**config.to_dict(), **fields})
             kwargs.pop("trust_remote_code", None)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        check_causal_lm(config)
+        check_causal_lm(config, allow_hybrid)
         if tokenizer is None and mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(
                 pretrained_model_name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
@@ -153,22 +156,24 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         mask_token_id: int | None = None,
+        allow_hybrid: bool = False,
         **fields: Any,
     ) -> "A2DForMaskedDiffusion":
         """
-        Wraps a model object that is already in memory, without copying: training the result trains the same weights.
+        Wraps a model object in memory, without copying: training the result trains the same weights.
 
         Args:
             model (`PreTrainedModel`): a causal language model.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer; gets its mask token.
             mask_token_id (`int`, *optional*): an id that no text uses; needed where no tokenizer is given.
+            allow_hybrid (`bool`, *optional*, defaults to `False`): convert though recurrent layers stay causal.
             fields: `objective`, `block_size`, `token_shift`, `clean_context`, `sliding_window` of [`A2DConfig`].
 
         Returns:
             [`A2DForMaskedDiffusion`]
         """
         model.config.architectures = [type(model).__name__]
-        check_causal_lm(model.config)
+        check_causal_lm(model.config, allow_hybrid)
         wrapped = cls(cls.config_class(text_config=model.config, **fields), backbone=model)
         wrapped.train(model.training)
         wrapped.name_or_path = model.name_or_path

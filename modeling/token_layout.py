@@ -135,7 +135,7 @@ class TokenLayout:
     def shifted_source(self, pattern: AttentionPattern) -> torch.Tensor:
         """
         Which position's hidden state scores each position under token shift: the one before it; -1 where nothing
-        stands before it (start of a row or document).
+        stands before it (start of a row or document), -2 where it was in the pass before this one (with a cache).
 
         In the doubled sequence of block diffusion the first token of a block is read from the CLEAN copy's previous
         position, so that block size 1 is the parent's own next-token prediction.
@@ -154,6 +154,8 @@ class TokenLayout:
             clean_L = pattern.views * one + here_L % one - 1
             opens_block_BL = (position_BL % pattern.block_size == 0) & (self.copy_K < pattern.views)
             source_BL = torch.where(opens_block_BL, clean_L, source_BL)
+        if self.seen:
+            source_BL = source_BL.masked_fill(here_L == 0, -2)
         return source_BL.masked_fill(position_BL == 0, -1)
 
 
@@ -188,6 +190,11 @@ def rows_through_head(
         return None, None
     if source_BL is None:
         return wanted_BL.to(device).flatten().nonzero()[:, 0], None
+    if bool((source_BL == -2 if wanted_BL is None else (source_BL == -2) & wanted_BL.to(device)).any()):
+        raise ValueError(
+            "With `token_shift` the first token of a pass with a cache is scored by the last hidden state of the pass "
+            "before: leave it out of `logits_mask` and keep the logits of that pass, or feed the token before it again."
+        )
     blind_BL = source_BL < 0
     flat_BL = source_BL.clamp(min=0) + torch.arange(shape[0], device=device)[:, None] * shape[1]
     if wanted_BL is None:

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING
 
 from a2d_hf.architecture_checks import causal_types, check_type, tiny_parent
 from a2d_hf.modeling import A2DForMaskedDiffusion, AttentionPattern
+from a2d_hf.modeling.gates import reach_gate
 from a2d_hf.shrinking import lost_structure, shrink_config
 from scripts.architecture_matrix import CORE, EVERY, ROOT, passes
 
@@ -35,11 +36,30 @@ def test_a_hybrid_opens_its_attention_layers_and_says_how_many(model_type):
 @pytest.mark.parametrize("model_type", HYBRID)
 def test_a_recurrence_refuses_what_it_would_get_wrong(model_type):
     """A recurrent layer reads the clean copy as if it followed the noisy one, and one document into the next."""
-    model = A2DForMaskedDiffusion.from_causal_lm(tiny_parent(model_type), mask_token_id=120)
+    with pytest.raises(ValueError, match="2 of 4 layers open|1 of 4 layers open"):
+        A2DForMaskedDiffusion.from_causal_lm(tiny_parent(model_type), mask_token_id=120)
+    model = A2DForMaskedDiffusion.from_causal_lm(tiny_parent(model_type), mask_token_id=120, allow_hybrid=True)
     x = torch.randint(3, 100, (1, 12))
     for arguments in ({"attention_pattern": AttentionPattern.bd3lm(3)}, {"document_ids": torch.arange(12)[None] // 6}):
         with pytest.raises(ValueError, match="recurrent"):
             model(x, **arguments)
+
+
+def test_an_attention_layer_of_a_hybrid_that_stays_closed_is_caught():
+    """Only the recurrent layers have leave to stay causal."""
+    model = A2DForMaskedDiffusion.from_causal_lm(tiny_parent("qwen3_next"), mask_token_id=120, allow_hybrid=True)
+    assert reach_gate(model).passed
+    index = [i for i, kind in enumerate(model.config.text_config.layer_types) if kind == "full_attention"][0]
+    attention = model.backbone.model.layers[index].self_attn
+    forward = attention.forward
+
+    def causal_forward(hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        length = hidden_states.shape[1]
+        future = torch.ones(length, length).triu(1).bool()
+        return forward(hidden_states, position_embeddings, torch.zeros(length, length).masked_fill(future, -1e9))
+
+    attention.forward = causal_forward
+    assert not reach_gate(model).passed
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "bert", "bart", "rwkv"])
