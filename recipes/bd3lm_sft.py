@@ -1,0 +1,73 @@
+"""
+Turn an autoregressive instruct model into a block diffusion model, on conversations or prompts with completions.
+
+The loss is that of BD3LM (https://huggingface.co/papers/2503.09573) over the assistant's tokens and the EOS that fill
+the last block; prompts are never masked. A finished block never changes, so decoding keeps an exact cache. The model
+is converted in memory when it is loaded, the reach gate runs before the first step, and what is saved is an ordinary
+checkpoint.
+
+One GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/bd3lm_sft.py \
+        --config recipes/configs/qwen3_0.6b_bd3lm_sft.yaml
+
+Two CPU cores, a few steps, on a folder with your own .jsonl files (one {"messages": [...]} per line), to see it work:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/bd3lm_sft.py \
+        --model_name_or_path path/to/model --dataset_name path/to/chats --output_dir runs/try \
+        --max_steps 5 --per_device_train_batch_size 2 --max_length 128 --block_size 32
+
+LoRA: add `--use_peft`; QLoRA: `--use_peft --load_in_4bit` (needs the extra `quantization`).
+"""
+
+from datasets import load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from a2d_hf import BD3LMConfig, BD3LMTrainer
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: BD3LMConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    trainer = BD3LMTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def make_parser() -> TrlParser:
+    return TrlParser((ScriptArguments, BD3LMConfig, ModelConfig, DatasetMixtureConfig))
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

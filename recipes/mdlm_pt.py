@@ -1,0 +1,73 @@
+"""
+Turn an autoregressive base model into a masked diffusion model, by continual pre-training on plain text.
+
+The loss is the NELBO of masked diffusion (MDLM, https://huggingface.co/papers/2406.07524) over every token. Rows are
+plain text, longer ones cut into pieces that lose nothing, and no EOS is put behind a piece. The model is converted in
+memory when it is loaded, the reach gate runs before the first step, and what is saved is an ordinary checkpoint.
+
+One GPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml recipes/mdlm_pt.py \
+        --config recipes/configs/qwen3_0.6b_mdlm_pt.yaml
+
+Two CPU cores, a few steps, on a folder with your own .jsonl files (one {"text": ...} per line), to see it work:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/mdlm_pt.py \
+        --model_name_or_path path/to/model --dataset_name path/to/texts --output_dir runs/try \
+        --max_steps 5 --per_device_train_batch_size 2 --max_length 128
+"""
+
+from datasets import load_dataset
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from a2d_hf import MDLMConfig, MDLMTrainer
+
+
+def main(
+    script_args: ScriptArguments,
+    training_args: MDLMConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    trainer = MDLMTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+def make_parser() -> TrlParser:
+    parser = TrlParser((ScriptArguments, MDLMConfig, ModelConfig, DatasetMixtureConfig))
+    # Continual pre-training: texts are cut into pieces, and a piece does not end a text.
+    parser.set_defaults_with_config(insert_eos=False, truncation_mode="chunk")
+    return parser
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

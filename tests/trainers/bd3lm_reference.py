@@ -1,0 +1,77 @@
+"""Block diffusion once more, block by block: the independent side of the comparisons.
+
+Every block is one pass of the PARENT, over `[clean text before the block ; noisy block]`, with a mask written out edge
+by edge: no doubled sequence, no attention pattern of ours, no gathered rows.
+"""
+
+import torch
+
+from tests.trainers import reference_noise
+from tests.trainers.helpers import MASK_ID
+
+
+SILVER = 0x6A09E667F3BCC909
+
+
+def time(seed, epoch, place, block, minimum, maximum) -> float:
+    fraction = (reference_noise.bits(reference_noise.TIME_OFFSET, seed, epoch) << 11) & reference_noise.WORD
+    fraction = (fraction + place * reference_noise.GOLDEN + block * SILVER) & reference_noise.WORD
+    return minimum + (maximum - minimum) * (fraction >> 11) / 2**53
+
+
+def block_logits(parent, clean, noisy, start, block_size, clean_context):
+    """Logits of `[clean[:start] ; noisy]`, the parent's raw ones, `(start + len(noisy), V)`."""
+    length = start + len(noisy)
+    mask = torch.full((length, length), torch.finfo(torch.float32).min)
+    for q in range(length):
+        for k in range(length):
+            if q >= start:
+                seen = True  # the noisy block sees itself and all clean text before it
+            elif clean_context == "causal":
+                seen = k <= q
+            else:
+                seen = k < start and k // block_size <= q // block_size
+            if seen:
+                mask[q, k] = 0.0
+    ids = torch.cat([clean[:start], noisy])[None]
+    position_ids = torch.arange(length)[None]
+    return parent(input_ids=ids, attention_mask=mask[None, None], position_ids=position_ids, use_cache=False).logits[0]
+
+
+def token_losses(model, clean, hidden, start, block_size, clean_context="block", token_shift=False):
+    """Cross-entropies of the tokens at the positions `hidden` of the block that begins at `start`, by position."""
+    noisy = clean[start : start + block_size].clone()
+    noisy[[i - start for i in hidden]] = MASK_ID
+    logits = block_logits(model.backbone, clean, noisy, start, block_size, clean_context)
+    read = {i: i - 1 if token_shift else i for i in hidden}
+    return {i: -logits[read[i]].log_softmax(-1)[clean[i]] for i in hidden}
+
+
+def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary=False):
+    """The loss of a batch in training; packed rows have `document_ids`."""
+    config, seed = run.diffusion_config, run.args.seed
+    size, total, items = config.block_size, torch.zeros(()), 0
+    for b in range(batch["input_ids"].shape[0]):
+        real = batch["attention_mask"][b].bool()
+        row_ids, row_labels = batch["input_ids"][b][real], batch["labels"][b][real]
+        row, epoch, place = (int(batch[name][b]) for name in ("row_id", "epoch", "place"))
+        documents = batch["document_ids"][b][real] if "document_ids" in batch else torch.zeros_like(row_ids)
+        block, offset = 0, 0
+        for document in documents.unique_consecutive():
+            ids, labels = row_ids[documents == document], row_labels[documents == document]
+            for start in range(0, len(ids), size):
+                t = time(seed, epoch, place, block, minimum, maximum)
+                share = reference_noise.mask_share(t, schedule)
+                targets = [i for i in range(start, min(start + size, len(ids))) if labels[i] != -100]
+                hidden = [i for i in targets if reference_noise.is_masked(seed, epoch, row, offset + i, share)]
+                views = [(hidden, reference_noise.weight(t, schedule, minimum))]
+                if complementary:
+                    views.append(([i for i in targets if i not in hidden], 1 / (1 - t)))
+                for positions, weight in views:
+                    found = token_losses(
+                        run.model, ids, positions, start, size, config.clean_context, config.token_shift
+                    )
+                    total = total + weight / len(views) * sum(found.values())
+                items, block = items + len(targets), block + 1
+            offset += len(ids)
+    return total / items

@@ -1,0 +1,252 @@
+"""A run that was stopped anywhere and resumed ends with the weights of one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+import a2d_hf.trainers.checkpointed_trainer as checkpointed_trainer
+from a2d_hf.modeling import A2DForMaskedDiffusion
+from a2d_hf.trainers import MDLMTrainer, last_complete_checkpoint
+from tests.conftest import REPOSITORY
+from tests.trainers.helpers import config, diffusion_model, token_rows, trainer, weights
+
+
+# 21 rows, 4 at a time over 2 batches: 3 steps an epoch, the last of them short. Dropout makes the generators matter.
+RUN = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+}
+
+
+def build(folder: Path, rows=None, **fields) -> MDLMTrainer:
+    return trainer(folder, diffusion_model("gpt2"), token_rows(21) if rows is None else rows, **RUN | fields)
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def assert_same(run, final):
+    now = run.model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in final.items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    run = build(folder)
+    run.train()
+    assert run.state.global_step == 9
+    return folder, weights(run.model), losses(run), run.state.num_input_tokens_seen
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_resume_equals_unbroken(unbroken, step, tmp_path):
+    """In the middle of an epoch, at its end, and in the middle of another."""
+    folder, final, expected_losses, tokens = unbroken
+    shutil.copytree(folder / "run" / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
+    run = build(tmp_path)
+    torch.manual_seed(99)
+    run.train(resume_from_checkpoint=True)
+    assert_same(run, final)
+    assert losses(run) == expected_losses
+    assert run.state.num_input_tokens_seen == tokens
+
+
+def test_the_same_run_twice_is_the_same_run(unbroken, tmp_path):
+    run = build(tmp_path, save_strategy="no")
+    run.train()
+    assert_same(run, unbroken[1])
+
+
+def test_kill_minus_nine_inside_a_checkpoint(unbroken, tmp_path):
+    """The checkpoint being written is skipped, the one before it continued, and the end is the same."""
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.trainers.run_training", str(tmp_path), json.dumps([RUN | {"kill_at": 5}])],
+        cwd=REPOSITORY,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    folder = tmp_path / "0" / "run"
+    assert (folder / "checkpoint-5" / "model.safetensors").exists()
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
+    run = build(tmp_path / "0")
+    run.train(resume_from_checkpoint=True)
+    assert_same(run, unbroken[1])
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-9")
+
+
+def test_a_resumed_run_may_be_cut_into_other_batches(unbroken, tmp_path):
+    """Two batches of 4 and eight of 1 are the same steps, so a resume may change between them."""
+    folder, final, _, _ = unbroken
+    run = build(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    run.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-8"))
+    for name, tensor in run.model.state_dict().items():
+        # Dropout is drawn per batch: only the order and the noise can be the same.
+        assert (tensor - final[name]).abs().max() < 5e-3
+
+
+def test_adapters_resume_exactly(tmp_path):
+    final = None
+    for name in ("unbroken", "resumed"):
+        folder = tmp_path / name
+        run = trainer(
+            folder, diffusion_model("gpt2"), token_rows(21), peft_config=LoraConfig(task_type="CAUSAL_LM"), **RUN
+        )
+        if final is None:
+            run.train()
+            final = weights(run.model)
+            shutil.copytree(folder / "run" / "checkpoint-4", tmp_path / "resumed" / "run" / "checkpoint-4")
+        else:
+            run.train(resume_from_checkpoint=True)
+            assert_same(run, final)
+
+
+def test_a_stream_resumes_exactly(tmp_path):
+    """Also beyond its end, in the second pass."""
+    fields = {"num_train_epochs": 1, "max_steps": 7}
+    stream = token_rows(21).to_iterable_dataset()
+    first = build(tmp_path / "a", stream, **fields)
+    first.train()
+    shutil.copytree(tmp_path / "a" / "run" / "checkpoint-4", tmp_path / "b" / "run" / "checkpoint-4")
+    second = build(tmp_path / "b", stream, **fields)
+    second.train(resume_from_checkpoint=True)
+    assert_same(second, weights(first.model))
+
+
+# ------------------------------------------------------------------------------------------------- loading and keeping
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    """Its names are the parent's: matched one by one they would all be missing, and the last weights would stay."""
+    args = config(
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=3e-1,  # too high: the loss has its peak on the way
+        lr_scheduler_type="constant",
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
+    run = MDLMTrainer(diffusion_model(), args, train_dataset=token_rows(48), eval_dataset=token_rows(8, seed=1))
+    run.train()
+    best = run.state.best_global_step
+    assert best < 6
+    saved = A2DForMaskedDiffusion.from_pretrained(tmp_path / "run" / f"checkpoint-{best}")
+    assert_same(run, saved.state_dict())
+    last = A2DForMaskedDiffusion.from_pretrained(tmp_path / "run" / "checkpoint-6")
+    assert not torch.equal(last.get_output_embeddings().weight, saved.get_output_embeddings().weight)
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    build(tmp_path, save_total_limit=2).train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-9"]
+
+
+def test_no_old_checkpoint_is_deleted_before_the_new_one_is_whole(tmp_path, monkeypatch):
+    calls = []
+
+    def crash_at_second(folder, key):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError("power cut")
+        original(folder, key)
+
+    original = checkpointed_trainer.mark_complete
+    monkeypatch.setattr(checkpointed_trainer, "mark_complete", crash_at_second)
+    run = build(tmp_path, save_total_limit=1)
+    with pytest.raises(OSError, match="power cut"):
+        run.train()
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert run.args.save_total_limit == 1
+
+
+def test_leftovers_of_an_incomplete_checkpoint_do_not_survive_under_its_name(tmp_path):
+    leftover = tmp_path / "run" / "checkpoint-1"
+    leftover.mkdir(parents=True)
+    (leftover / "rng_state_1.pth").write_bytes(b"of a second process that this run does not have")
+    build(tmp_path, max_steps=1).train()
+    assert last_complete_checkpoint(tmp_path / "run") == str(leftover)
+    assert not (leftover / "rng_state_1.pth").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_nothing_to_resume_from_is_said(tmp_path):
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds no complete checkpoint \(1 incomplete\)"):
+        build(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_an_incomplete_checkpoint_is_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken[0] / "run" / "checkpoint-2", tmp_path / "half")
+    (tmp_path / "half" / "optimizer.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="half is not a complete checkpoint"):
+        build(tmp_path).train(resume_from_checkpoint=str(tmp_path / "half"))
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"seed": 7}, r"data_seed 7 \(was 42\), seed 7 \(was 42\)"),
+        ({"rows": token_rows(20)}, r"train_rows 20 \(was 21\)"),
+        ({"per_device_train_batch_size": 2}, r"rows_per_step 4 \(was 8\)"),
+        ({"noise_schedule": "cosine"}, r"noise_schedule 'cosine' \(was 'linear'\)"),
+    ],
+)
+def test_another_run_is_not_continued(unbroken, fields, told, tmp_path):
+    run = build(tmp_path, **fields)
+    with pytest.raises(ValueError, match=f"belongs to another run: {told}"):
+        run.train(resume_from_checkpoint=str(unbroken[0] / "run" / "checkpoint-2"))
+
+
+def test_going_on_with_other_data_can_be_asked_for(unbroken, tmp_path):
+    run = build(tmp_path, rows=token_rows(30), ignore_data_skip=True)
+    run.train(resume_from_checkpoint=str(unbroken[0] / "run" / "checkpoint-2"))
+    assert run.state.global_step == 12
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_between_checkpoints(unbroken, tmp_path):
+    run = build(tmp_path, save_steps=2, callbacks=[StopAt(5)])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    resumed = build(tmp_path, save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, unbroken[1])
+
+
+def test_final_weights_on_disk_are_those_in_memory(unbroken):
+    folder, final, _, _ = unbroken
+    saved = A2DForMaskedDiffusion.from_pretrained(folder / "run" / "checkpoint-9")
+    assert all(torch.equal(final[name], tensor) for name, tensor in saved.state_dict().items())

@@ -1,0 +1,201 @@
+"""What every trainer of this project can be told.
+
+Owns the fields that the objectives share: where the model comes from, how rows are prepared, which noise evaluation
+uses. Fields that SFTTrainer's users know keep their names and meaning.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+@dataclass
+class A2DTrainingConfig(TrainingArguments):
+    r"""
+    Base of [`MDLMConfig`] and its siblings: [`~transformers.TrainingArguments`] plus what diffusion training shares.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`A2DForMaskedDiffusion.from_pretrained`] where `model` is a string, for example
+            `{"token_shift": True}`; for a plain causal language model object, those of
+            [`A2DForMaskedDiffusion.from_causal_lm`]. `dtype` defaults to `float32`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether models and tokenizers may bring their own Python code from the Hub.
+
+        > Parameters that control the data
+
+        dataset_text_field (`str`, *optional*, defaults to `"text"`):
+            Column of plain text.
+        dataset_kwargs (`dict[str, Any]`, *optional*):
+            `{"skip_prepare_dataset": True}` takes rows of `input_ids` and `labels` as they are.
+        dataset_num_proc (`int`, *optional*):
+            Processes that prepare the dataset.
+        eos_token (`str`, *optional*):
+            Token that ends a row; the tokenizer's own by default.
+        insert_eos (`bool`, *optional*, defaults to `True`):
+            Whether rows of plain text and plain completions end with EOS. Turn it off for continual pre-training.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Most tokens in a row, and never more than the model's context. `None` for the rows as they are.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            `"keep_start"` cuts off what is longer than `max_length` and says how much that was. `"chunk"` cuts rows of
+            plain text into pieces that lose nothing; prompts with completions and conversations are cut off.
+        pad_to_multiple_of (`int`, *optional*):
+            Rounds the length of a batch up.
+        completion_only_loss (`bool`, *optional*):
+            Whether only completions are masked and trained. `None`: where the rows have prompts.
+        assistant_only_loss (`bool`, *optional*):
+            Whether only the assistant's turns, all of them, are masked and trained. `None`: for rows of `messages`.
+        eval_noise_seed (`int`, *optional*, defaults to `0`):
+            Seed of the noise of evaluation, which is the same at every evaluation of every run.
+
+        > Parameters that control the auxiliary losses: in training only, divided by what the loss is divided by
+
+        ar_loss_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the autoregressive parent's own next-token loss on the clean text. It keeps an exact causal mode
+            usable. Costs a second, causal pass; with block diffusion none, but `clean_context="causal"` is needed.
+        teacher_kl_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of KL(teacher ‖ model) at the masked tokens, the teacher being the frozen autoregressive parent on
+            clean text. Costs a forward pass of the teacher. A regulariser, no bound: logged apart from the NELBO.
+        teacher (`str`, *optional*):
+            `"frozen_copy"` (of the model as it comes in) or `"adapters_off"` (the same weights with their adapter
+            switched off: no extra memory). By default the latter where there is an adapter.
+        router_aux_loss_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the parent's own router loss, for a mixture of experts.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `bf16`: Defaults to `True` on an accelerator that has it, unless `fp16` is set, instead of `False`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`, and must stay so: `row_id` decides the noise.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not a number stops the run.
+    >
+    > And different from [`~trl.SFTConfig`]: `learning_rate` (`1e-4`, not `2e-5`), `gradient_checkpointing` (`False`),
+    > `assistant_only_loss` (on for rows of `messages`).
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "dataset_kwargs"]
+
+    # Defaults that differ from the parent's.
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for the optimizer."})
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bf16 mixed precision. If not set: on an accelerator that has it, unless `fp16` is "
+            "set."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Must stay False: `row_id` is no argument of the model, but decides the noise."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to hide nan and inf losses from the log. The run stops on them."}
+    )
+
+    # The model.
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `A2DForMaskedDiffusion.from_pretrained` where `model` is a string, or for "
+            "`from_causal_lm` where it is a plain causal language model."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether models and tokenizers may bring their own Python code from the Hub."},
+    )
+
+    # The data.
+    dataset_text_field: str = field(default="text", metadata={"help": "Column of plain text."})
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "`{'skip_prepare_dataset': True}` takes rows of `input_ids` and `labels` as they are."},
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends a row. Defaults to `processing_class.eos_token`."}
+    )
+    insert_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether rows of plain text and plain completions end with EOS. Turn it off for continual "
+            "pre-training."
+        },
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens in a row, and never more than the model's context. None: rows as they are."},
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "'keep_start' cuts off what is longer than `max_length`; 'chunk' cuts rows of plain text into "
+            "pieces that lose nothing.",
+            "choices": ["keep_start", "chunk"],
+        },
+    )
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rounds the length of a batch up."})
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Whether only completions are masked and trained. None: where the rows have prompts."},
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Whether only the assistant's turns are masked and trained. None: for rows of `messages`."},
+    )
+    eval_noise_seed: int = field(
+        default=0, metadata={"help": "Seed of the noise of evaluation, the same at every evaluation of every run."}
+    )
+
+    # The auxiliary losses.
+    ar_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the parent's own next-token loss on the clean text."}
+    )
+    teacher_kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(frozen parent on clean text || model) at the masked tokens."}
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "'frozen_copy' or 'adapters_off'. None: the latter where there is an adapter.",
+            "choices": ["frozen_copy", "adapters_off"],
+        },
+    )
+    router_aux_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the parent's own router loss, for a mixture of experts."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn at every epoch
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: `row_id`, which decides a row's noise, is one.")
+        if self.truncation_mode not in ("keep_start", "chunk"):
+            raise ValueError(f"`truncation_mode` must be 'keep_start' or 'chunk', not {self.truncation_mode!r}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, not {self.max_length}.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` must be 'random' or 'sequential', not {self.train_sampling_strategy!r}: "
+                "the order of an epoch decides its noise."
+            )
+        for name in ("ar_loss_weight", "teacher_kl_weight", "router_aux_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("`label_smoothing_factor` must be 0: a smoothed loss is no bound on the likelihood.")

@@ -1,0 +1,143 @@
+"""What block diffusion training can be told. Owns the fields of the BD3LM objective."""
+
+from dataclasses import dataclass, field
+
+from .a2d_config import A2DTrainingConfig
+from .diffusion_noise import NOISE_SCHEDULES
+
+
+@dataclass
+class BD3LMConfig(A2DTrainingConfig):
+    r"""
+    Configuration of [`BD3LMTrainer`].
+
+    Only the parameters of the objective are listed here; see [`A2DTrainingConfig`] for those of the model and the data
+    and [`~transformers.TrainingArguments`] for the rest. `token_shift` is the model's: set it when converting, or in
+    `model_init_kwargs`.
+
+    Parameters:
+        block_size (`int`, *optional*):
+            Tokens per block. By default the model's own, or 32 where it has none. Must divide `max_length`.
+        block_size_curriculum (`list[int]`, *optional*):
+            Block sizes to walk through, for example `[1, 4, 32]`. Each must divide the next, and the last must be the
+            block size. With `token_shift`, block size 1 is the autoregressive parent's own objective, so that training
+            starts exactly at its likelihood. Evaluation always uses the last.
+        block_size_curriculum_steps (`int`, *optional*):
+            Optimizer steps until the last size is reached; the others share them equally. By default half of all.
+        clean_context (`str`, *optional*):
+            How clean text attends to itself: `"block"` (open inside a block) or `"causal"` (as the parent does). By
+            default the model's own, or `"block"`.
+        noise_schedule (`str`, *optional*, defaults to `"linear"`):
+            How the masked share grows with time t: `"linear"` (t) or `"cosine"` (sin(π/2 t)).
+        time_epsilon (`float`, *optional*, defaults to `1e-3`):
+            Smallest time of a block in training. Bounds the weight of a masked token, which is 1/t for the linear
+            schedule.
+        time_maximum (`float`, *optional*):
+            Largest time of a block in training. By default 1, or 1 - `time_epsilon` with `complementary_views`. A
+            clipped range lowers the variance of the loss (section 5.3 of the paper), which is then no longer the
+            NELBO; evaluation always covers the full range.
+        complementary_views (`bool`, *optional*, defaults to `False`):
+            Whether every row is noised twice, the second time with exactly the tokens masked that the first one left,
+            so that every token is trained at every step. Both share one clean copy. Linear schedule only.
+        fill_last_block (`bool`, *optional*, defaults to `True`):
+            Whether the last block of rows that end with EOS is filled up with EOS, so that the model learns what
+            stands behind an end. Left out of the reported NELBO.
+    """
+
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per block. None: the model's own, or 32 where it has none."}
+    )
+    block_size_curriculum: list[int] | None = field(
+        default=None,
+        metadata={"help": "Block sizes to walk through, for example 1 4 32; each divides the next."},
+    )
+    block_size_curriculum_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps until the last size of the curriculum is reached. None: half of all."},
+    )
+    clean_context: str | None = field(
+        default=None,
+        metadata={
+            "help": "How clean text attends to itself: 'block' or 'causal'. None: the model's own, or 'block'.",
+            "choices": ["block", "causal"],
+        },
+    )
+    noise_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How the masked share grows with time: 'linear' or 'cosine'.",
+            "choices": [*NOISE_SCHEDULES],
+        },
+    )
+    time_epsilon: float = field(
+        default=1e-3, metadata={"help": "Smallest time of a block; bounds the weight of a masked token."}
+    )
+    time_maximum: float | None = field(
+        default=None,
+        metadata={"help": "Largest time of a block. None: 1, or 1 - `time_epsilon` with `complementary_views`."},
+    )
+    complementary_views: bool = field(
+        default=False,
+        metadata={"help": "Whether rows are noised twice, the second time with the other tokens masked."},
+    )
+    fill_last_block: bool = field(
+        default=True, metadata={"help": "Whether the last block of rows that end with EOS is filled up with EOS."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.noise_schedule not in NOISE_SCHEDULES:
+            raise ValueError(
+                f"`noise_schedule` must be one of {', '.join(NOISE_SCHEDULES)}, not {self.noise_schedule!r}."
+            )
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"`block_size` must be positive, not {self.block_size}.")
+        if self.clean_context not in (None, "block", "causal"):
+            raise ValueError(f"`clean_context` must be 'block' or 'causal', not {self.clean_context!r}.")
+        self._check_times()
+        self._check_curriculum()
+
+    def _check_times(self) -> None:
+        if self.time_maximum is None:
+            self.time_maximum = 1.0 - self.time_epsilon if self.complementary_views else 1.0
+        if not 0.0 < self.time_epsilon < self.time_maximum <= 1.0:
+            raise ValueError(
+                f"`time_epsilon` {self.time_epsilon} and `time_maximum` {self.time_maximum} must satisfy "
+                "0 < time_epsilon < time_maximum <= 1."
+            )
+        if not self.complementary_views:
+            return
+        if self.noise_schedule != "linear":
+            raise ValueError("`complementary_views` needs `noise_schedule='linear'`: the second view has time 1 - t.")
+        if abs(self.time_epsilon + self.time_maximum - 1.0) > 1e-9:
+            raise ValueError(
+                f"`complementary_views` needs times symmetric about 1/2: with `time_epsilon={self.time_epsilon}`, set "
+                f"`time_maximum={1.0 - self.time_epsilon}` or leave it out."
+            )
+
+    def _check_curriculum(self) -> None:
+        sizes = self.block_size_curriculum
+        if sizes is None:
+            if self.block_size_curriculum_steps is not None:
+                raise ValueError(
+                    "`block_size_curriculum_steps` needs a `block_size_curriculum`, for example [1, 4, 32]."
+                )
+            return
+        if not sizes or any(size < 1 for size in sizes):
+            raise ValueError(f"`block_size_curriculum` must be a list of positive sizes, not {sizes!r}.")
+        for small, large in zip(sizes, sizes[1:], strict=False):
+            if large <= small or large % small:
+                raise ValueError(
+                    f"`block_size_curriculum` must grow, each size dividing the next: {large} does not follow {small}."
+                )
+        if self.block_size is None:
+            self.block_size = sizes[-1]
+        if sizes[-1] != self.block_size:
+            raise ValueError(
+                f"`block_size_curriculum` ends with {sizes[-1]}, and `block_size` is {self.block_size}: make them "
+                "equal."
+            )
+        if self.block_size_curriculum_steps is not None and self.block_size_curriculum_steps < 1:
+            raise ValueError(
+                f"`block_size_curriculum_steps` must be positive, not {self.block_size_curriculum_steps}."
+            )

@@ -1,0 +1,378 @@
+"""Block diffusion: predict what is hidden in each block from the rest of it and the clean blocks before it.
+
+Owns the objective of BD3LM (https://huggingface.co/papers/2503.09573) and nothing around it.
+
+Shapes: B rows, W noisy views, L tokens, C = (W + 1) L tokens of the input, N masked tokens of all views.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+
+from a2d_hf.modeling.attention_pattern import AttentionPattern
+from a2d_hf.modeling.configuration_a2d import A2DConfig
+from a2d_hf.modeling.token_layout import TokenLayout
+
+from .a2d_trainer import A2DTrainer
+from .bd3lm_config import BD3LMConfig
+from .block_ends import BlockEnds
+from .diffusion_noise import (
+    bernoulli_mask,
+    block_time,
+    elbo_weight,
+    mask_probability,
+    position_in_row,
+    truncation_factor,
+)
+from .model_resolution import base_model
+from .row_tokenization import RowRules
+from .teachers import causal_targets
+
+
+# Evaluation covers the whole of (0, 1), whatever the times of training are clipped to.
+EVAL_TIME_EPSILON = 1e-3
+DEFAULT_BLOCK_SIZE = 32
+
+
+@dataclass
+class BD3LMNoise:
+    """
+    The noise of a batch, for each of its W views.
+
+    Attributes:
+        block_size (`int`): tokens per block.
+        time_BWL (`torch.DoubleTensor` of shape `(B, W, L)`): t of each token's block.
+        elbo_weight_BWL (`torch.Tensor` of shape `(B, W, L)`): w(t), what a masked token counts.
+        masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): m, the tokens that are hidden.
+        noised_ids_BWL (`torch.LongTensor` of shape `(B, W, L)`): x_t, the ids with the mask token in their place.
+    """
+
+    block_size: int
+    time_BWL: torch.Tensor
+    elbo_weight_BWL: torch.Tensor
+    masked_BWL: torch.Tensor
+    noised_ids_BWL: torch.Tensor
+
+    @property
+    def views(self) -> int:
+        return self.masked_BWL.shape[1]
+
+    @property
+    def masked_BL(self) -> torch.Tensor:
+        """Tokens that are hidden in the first view, the only one of evaluation."""
+        return self.masked_BWL[:, 0]
+
+
+class BD3LMTrainer(A2DTrainer):
+    r"""
+    Trainer for block diffusion language models (BD3LM).
+
+    The model reads `[x_t ; x_0]`: every noisy block sees itself and the clean blocks before it. The loss
+
+        L = (1/N) Σ w(t_b) m_i CE_i,    w(t) = -α'(t) / (1 - α(t)),
+
+    has a time of its own for each block b; N are the tokens of the GLOBAL batch that may be masked. It is the NELBO
+    per token where the times are not clipped. With two complementary views `[x_t ; x̄_t ; x_0]` it is
+
+        L = (1/2N) Σ [m_i / t + (1 - m_i) / (1 - t)] CE_i.
+
+    A block of one token is always masked, with the weight 1: its expectation over t is the same, and nothing is left
+    to chance. So block size 1 is the negative log-likelihood from left to right itself, and with `token_shift` that of
+    the autoregressive parent. For the same reason such blocks have one view, never two.
+
+    Only masked tokens pass the output head.
+
+    Example:
+
+    ```python
+    >>> from a2d_hf import BD3LMConfig, BD3LMTrainer
+    >>> from datasets import load_dataset
+
+    >>> trainer = BD3LMTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=BD3LMConfig(output_dir="Qwen3-0.6B-BD3LM", block_size=32),
+    ...     train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args: as in [`A2DTrainer`], with `args` a [`BD3LMConfig`].
+    """
+
+    config_class = BD3LMConfig
+    objective = "bd3lm"
+    args: BD3LMConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.ar_loss_weight > 0 and self.diffusion_config.clean_context != "causal":
+            raise ValueError(
+                '`ar_loss_weight` needs `clean_context="causal"`: clean text that is open inside a block sees the '
+                "very token that it would have to predict."
+            )
+
+    # ------------------------------------------------------------------------------------------ the model and the rows
+
+    def diffusion_fields(self, model: str | PreTrainedModel | PeftModel, args: BD3LMConfig) -> dict[str, Any]:
+        own = _own_config(model, args)
+        fields = {"objective": self.objective}
+        fields["block_size"] = args.block_size or (own and own.block_size) or DEFAULT_BLOCK_SIZE
+        if args.clean_context is not None:
+            fields["clean_context"] = args.clean_context
+        return fields
+
+    def _row_rules(self) -> RowRules:
+        rules, block_size = super()._row_rules(), self.diffusion_config.block_size
+        asked = self.args.max_length
+        if asked is not None and asked % block_size:
+            raise ValueError(
+                f"`block_size` {block_size} must divide `max_length` {asked}: rows that are cut would end inside a "
+                "block."
+            )
+        if rules.max_length is not None and rules.max_length % block_size:  # the model's context is shorter
+            whole = rules.max_length // block_size * block_size
+            if whole == 0:
+                raise ValueError(
+                    f"`block_size` {block_size} exceeds the model's context of {rules.max_length} tokens."
+                )
+            rules = RowRules(**{**vars(rules), "max_length": whole})
+        return rules
+
+    def eos_tail(self) -> BlockEnds | None:
+        tokenizer = self.processing_class
+        if not self.args.fill_last_block or tokenizer is None or tokenizer.eos_token_id is None:
+            return None
+        longest_row = self._rules.max_length or self.diffusion_config.max_position_embeddings
+        return BlockEnds(tokenizer.eos_token_id, self.diffusion_config.block_size, longest_row)
+
+    def resume_key(self) -> dict[str, Any]:
+        fields = (
+            "block_size_curriculum",
+            "noise_schedule",
+            "time_epsilon",
+            "time_maximum",
+            "complementary_views",
+            "fill_last_block",
+        )
+        key = super().resume_key() | {name: getattr(self.args, name) for name in fields}
+        key |= {name: getattr(self.diffusion_config, name) for name in ("block_size", "clean_context")}
+        if self.args.block_size_curriculum is not None:
+            key["block_size_curriculum_steps"] = self.args.block_size_curriculum_steps or self.args.max_steps
+        return key
+
+    # ------------------------------------------------------------------------------------------------------- the noise
+
+    def current_block_size(self) -> int:
+        """Tokens per block of this step: the curriculum's in training, the model's in evaluation."""
+        sizes = self.args.block_size_curriculum
+        if sizes is None or not self.model.training:
+            return self.diffusion_config.block_size
+        steps = self.args.block_size_curriculum_steps or max(self.state.max_steps // 2, 1)
+        return sizes[min(self.state.global_step * (len(sizes) - 1) // steps, len(sizes) - 1)]
+
+    def draw_noise(self, inputs: dict[str, torch.Tensor], seed: int) -> BD3LMNoise:
+        """
+        The noise of a batch, a pure function of each row's (seed, epoch, place, row id) and the block size.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): a batch of [`DiffusionCollator`]; `document_ids` of packed rows are
+                respected, blocks are counted from the start of each document.
+            seed (`int`): seed of the noise.
+
+        Returns:
+            [`BD3LMNoise`]
+        """
+        self.check_batch(inputs)
+        args, training, schedule = self.args, self.model.training, self.args.noise_schedule
+        block_size, maskable_BL = self.current_block_size(), inputs["labels"] != -100
+        minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
+
+        # 1. One time per block, one coin per token. A block of one token is always masked.
+        if block_size == 1:
+            time_BL = torch.ones(maskable_BL.shape, dtype=torch.float64)
+            masked_BL, weight_BL = maskable_BL, time_BL
+        else:
+            block_BL = block_numbers(inputs["attention_mask"], inputs.get("document_ids"), block_size)
+            time_BL = block_time(seed, inputs["epoch"], inputs["place"], block_BL, minimum, maximum)
+            position_BL = position_in_row(inputs["attention_mask"])
+            share_BL = mask_probability(time_BL, schedule)
+            masked_BL = bernoulli_mask(seed, inputs["epoch"], inputs["row_id"], position_BL, share_BL) & maskable_BL
+            weight_BL = elbo_weight(time_BL, schedule) * truncation_factor(minimum, schedule, maximum)
+
+        # 2. The second view has the other tokens masked, as at time 1 - t.
+        time, weight, masked = [time_BL], [weight_BL], [masked_BL]
+        if args.complementary_views and training and block_size > 1:
+            time.append(1.0 - time_BL)
+            weight.append(1.0 / (1.0 - time_BL))
+            masked.append(maskable_BL & ~masked_BL)
+        masked_BWL = torch.stack(masked, dim=1)
+        return BD3LMNoise(
+            block_size=block_size,
+            time_BWL=torch.stack(time, dim=1),
+            elbo_weight_BWL=torch.stack(weight, dim=1).float().to(masked_BWL.device),
+            masked_BWL=masked_BWL,
+            noised_ids_BWL=inputs["input_ids"][:, None].masked_fill(masked_BWL, self.diffusion_config.mask_token_id),
+        )
+
+    # -------------------------------------------------------------------------------------------------------- the loss
+
+    def doubled_input(self, inputs: dict[str, torch.Tensor], noise: BD3LMNoise) -> dict[str, Any]:
+        """What the model reads: `[x_t ; ... ; x_0]`, its padding and documents, and who sees whom."""
+        copies = noise.views + 1
+        doubled = {
+            "input_ids": torch.cat([noise.noised_ids_BWL.flatten(1), inputs["input_ids"]], dim=1),
+            "attention_mask": inputs["attention_mask"].repeat(1, copies),
+            "attention_pattern": AttentionPattern.bd3lm(
+                noise.block_size, clean_context=self.diffusion_config.clean_context, views=noise.views
+            ),
+        }
+        if "document_ids" in inputs:
+            doubled["document_ids"] = inputs["document_ids"].repeat(1, copies)
+        return doubled
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        labels_BL = inputs["labels"]
+
+        # 1. Noise: one time per block, one coin per token that may be masked.
+        noise = self.draw_noise(inputs, self.noise_seed)
+
+        # 2. Predict what is hidden in each view. The clean copy is only read, unless the parent's own loss is wanted.
+        labels_BWL = labels_BL[:, None].masked_fill(~noise.masked_BWL, -100)
+        weights_BWL = noise.elbo_weight_BWL / noise.views
+        training = self.model.training
+        clean_labels_BL = torch.full_like(labels_BL, -100)
+        if training and self.args.ar_loss_weight > 0:
+            clean_labels_BL = self.clean_labels(inputs)
+        clean_weights_BL = torch.full_like(weights_BWL[:, 0], self.args.ar_loss_weight)
+        outputs = model(
+            **self.doubled_input(inputs, noise),
+            labels=torch.cat([labels_BWL.flatten(1), clean_labels_BL], dim=1),
+            loss_weights=torch.cat([weights_BWL.flatten(1), clean_weights_BL], dim=1),
+            **(self.auxiliary.forward_kwargs() if training else {}),
+        )
+
+        # 3. The rest, of which the loss above has the parent's own already.
+        is_noisy_N, items = self.noisy_rows(labels_BWL, clean_labels_BL), self.count_items(inputs, self.noise_seed)
+        total = outputs.loss
+        if training:
+            ar_nll_M = outputs.token_nll[~is_noisy_N]
+            total = total + self.auxiliary.total(
+                model,
+                inputs,
+                outputs,
+                noise.masked_BWL,
+                outputs.head_input[is_noisy_N],
+                items,
+                self._metrics["train"],
+                ar=(torch.zeros((), device=total.device), ar_nll_M),
+            )
+
+        # 4. The mean over the global batch: the count covers accumulated batches and all processes.
+        divisor = items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = total / divisor
+        if num_items_in_batch is not None:
+            loss = self.scale_for_processes(loss)
+
+        # 5. What it was made of.
+        self._update_metrics(inputs, noise, outputs.token_nll[is_noisy_N], outputs.token_hit[is_noisy_N], total, items)
+        return (loss, outputs) if return_outputs else loss
+
+    def clean_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Labels of the clean copy for the parent's own next-token loss: where a shifted model answers for each token
+        itself, an unshifted one is asked one position earlier.
+        """
+        targets_BL = causal_targets(inputs["labels"], inputs["attention_mask"], inputs.get("document_ids"))
+        if not self.diffusion_config.token_shift:
+            return targets_BL
+        asked_BL = (targets_BL != -100).roll(1, dims=-1)  # nothing is asked at the last position
+        return inputs["labels"].masked_fill(~asked_BL, -100)
+
+    @staticmethod
+    def noisy_rows(labels_BWL: torch.Tensor, clean_labels_BL: torch.Tensor) -> torch.Tensor:
+        """Which of the labelled tokens of the doubled input, in row-major order, stand in a noisy view."""
+        labelled_BC = torch.cat([labels_BWL.flatten(1), clean_labels_BL], dim=1) != -100
+        is_noisy_C = torch.arange(labelled_BC.shape[1], device=labelled_BC.device) < labels_BWL[0].numel()
+        return is_noisy_C.expand(labelled_BC.shape)[labelled_BC]
+
+    def _update_metrics(
+        self,
+        inputs: dict[str, torch.Tensor],
+        noise: BD3LMNoise,
+        token_nll_N: torch.Tensor,
+        token_hit_N: torch.Tensor,
+        total: torch.Tensor,
+        items: torch.Tensor,
+    ) -> None:
+        # The EOS that fill the last block are trained, but no part of the text whose NELBO this is.
+        attention_mask_BL = inputs["attention_mask"]
+        text_length_B = attention_mask_BL.sum(dim=-1) - inputs.get("tail_length", 0)
+        in_text_BL = position_in_row(attention_mask_BL) < text_length_B[:, None]
+        counted_BL = in_text_BL & (inputs["labels"] != -100)
+        # Every token has a time of its own, so each is a row of its own.
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.args.block_size_curriculum is not None:
+            metrics.add("block_size", torch.tensor(float(noise.block_size)), torch.tensor(1.0))
+        metrics.update(
+            token_nll_N=token_nll_N,
+            token_hit_N=token_hit_N,
+            masked_BL=noise.masked_BWL.reshape(-1, 1),
+            counted_BL=counted_BL[:, None].expand(noise.masked_BWL.shape).reshape(-1, 1),
+            elbo_weight_B=noise.elbo_weight_BWL.flatten(),
+            time_B=noise.time_BWL.flatten(),
+            loss=total.detach(),
+            items=items,
+        )
+
+    def noised_logits(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], noise: BD3LMNoise
+    ) -> torch.Tensor:
+        shape_BL = inputs["labels"].shape
+        wanted_BL = torch.ones(shape_BL, dtype=torch.bool, device=inputs["labels"].device)
+        wanted_BC = torch.cat([wanted_BL, ~wanted_BL], dim=1)
+        return model(**self.doubled_input(inputs, noise), logits_mask=wanted_BC).logits.view(*shape_BL, -1)
+
+
+def block_numbers(
+    attention_mask_BL: torch.Tensor, document_ids_BL: torch.Tensor | None, block_size: int
+) -> torch.Tensor:
+    """
+    Which block of its row each token stands in. Blocks start where a document does, and every `block_size` tokens from
+    there: as the model itself counts them.
+
+    Args:
+        attention_mask_BL (`torch.Tensor` of shape `(B, L)`): 1 for text, 0 for padding, on either side.
+        document_ids_BL (`torch.Tensor` of shape `(B, L)`, *optional*): documents of packed rows.
+        block_size (`int`): tokens per block.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, L)`.
+    """
+    shape, device = attention_mask_BL.shape, attention_mask_BL.device
+    layout = TokenLayout.of(
+        AttentionPattern.block_causal(block_size), shape, device, attention_mask_BL, document_ids=document_ids_BL
+    )
+    position_BL = layout.position_BL
+    if position_BL is None:
+        position_BL = torch.arange(shape[1], device=device).expand(shape)
+    opens_BL = (position_BL % block_size == 0) & attention_mask_BL.bool()
+    return (opens_BL.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _own_config(model: str | PreTrainedModel | PeftModel, args: BD3LMConfig) -> A2DConfig | None:
+    """The configuration of a model that is converted already."""
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = base_model(model).config
+    return config if config.model_type == A2DConfig.model_type else None

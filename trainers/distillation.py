@@ -1,0 +1,95 @@
+"""KL divergence between two output heads over gathered rows, without ever holding their logits.
+
+Owns how a row of hidden states of the teacher and one of the student become a number. In chunks of rows, each chunk's
+gradients taken while its logits exist, as in the cross-entropy of the model.
+
+Shapes: N rows, V vocabulary rows, D and E hidden sizes of student and teacher, C rows of a chunk.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from a2d_hf.modeling.masked_loss import CHUNK_LOGITS
+
+
+class _LinearKL(torch.autograd.Function):
+    """Weighted sum of KL(p ‖ q), p and q being the softmax of the two heads' scores."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, teacher_NE, teacher_head, weights_N, transform, teacher_transform):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        kl_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        chunk_rows = max(1, CHUNK_LOGITS // (2 * weight_VD.shape[0]))  # two sets of logits at once
+        for start in range(0, hidden_ND.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            raw_CV = torch.nn.functional.linear(teacher_NE[rows], teacher_head.weight, teacher_head.bias)
+            log_p_CV = teacher_transform(raw_CV)[0].float().log_softmax(dim=-1)
+            hidden_CD = hidden_ND[rows]
+            logits_CV, slope_CV = transform(torch.nn.functional.linear(hidden_CD, weight_VD, bias_V))
+            log_q_CV = logits_CV.float().log_softmax(dim=-1)
+            p_CV = log_p_CV.exp()
+            kl_N[rows] = (p_CV * (log_p_CV - log_q_CV)).sum(dim=-1)
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            # d(w * KL) / d logits = w * (q - p), then through the transform.
+            grad_CV = (log_q_CV.exp() - p_CV) * weights_N[rows, None]
+            if slope_CV is not None:
+                grad_CV *= slope_CV.float()
+            if needs_hidden:
+                grad_hidden_ND[rows] = grad_CV @ weight_VD.float()
+            if needs_weight:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD.float())
+            if needs_bias:
+                grad_bias_V += grad_CV.sum(dim=0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.mark_non_differentiable(kl_N)
+        return (kl_N * weights_N).sum(), kl_N
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_kl):
+        gradients = [
+            None if saved is None else (saved * grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None, None, None, None)
+
+
+def linear_kl(
+    hidden_ND: torch.Tensor,
+    head: torch.nn.Linear,
+    teacher_NE: torch.Tensor,
+    teacher_head: torch.nn.Linear,
+    weights_N: torch.Tensor,
+    transform: Callable,
+    teacher_transform: Callable,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The weighted sum of KL(teacher ‖ student) over rows, in nats: Σ_i w_i Σ_v p_i(v) log(p_i(v) / q_i(v)).
+
+    Args:
+        hidden_ND (`torch.Tensor` of shape `(N, D)`): what goes into the student's head, with gradient.
+        head (`torch.nn.Linear`): the student's head.
+        teacher_NE (`torch.Tensor` of shape `(N, E)`): what goes into the teacher's head.
+        teacher_head (`torch.nn.Linear`): the teacher's head, of the same vocabulary.
+        weights_N (`torch.Tensor` of shape `(N,)`): what each row counts.
+        transform, teacher_transform (`Callable`): what follows each head, see
+            [`~a2d_hf.modeling.masked_loss.linear_cross_entropy`].
+
+    Returns:
+        `tuple`: the sum, with gradient towards the student; the divergences of the rows, without.
+    """
+    return _LinearKL.apply(
+        hidden_ND,
+        head.weight,
+        head.bias,
+        teacher_NE,
+        teacher_head,
+        weights_N.to(device=hidden_ND.device, dtype=torch.float32),
+        transform,
+        teacher_transform,
+    )
