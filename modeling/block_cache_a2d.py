@@ -80,6 +80,11 @@ class BlockCacheLayer(DynamicLayer):
             )
         self.length = max(self.length + tokens_to_remove, 0)
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows."""
+        if self.is_initialized:  # the buffers have rows even while no slot is in use
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
     def move(self, row_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor) -> None:
         """Copies M slots, each within its row, to where they belong."""
         if self.is_initialized:

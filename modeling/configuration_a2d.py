@@ -94,6 +94,13 @@ class A2DConfig(PreTrainedConfig):
         dtype = kwargs.pop("dtype", None) or text_config.dtype
         super().__init__(dtype=dtype, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Also takes the parent's own dictionary: PEFT reads the folder that a conversion in memory came from."""
+        if config_dict.get("model_type") not in (None, cls.model_type):
+            config_dict = {"text_config": config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding matrix; PEFT and the trainers read it here."""

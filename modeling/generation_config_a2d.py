@@ -173,8 +173,8 @@ class A2DGenerationConfig(GenerationConfig):
 
         > Cache
 
-        use_cache, cache_implementation, cache_config, max_cache_len, compile_config, disable_compile:
-            Accepted, so that callers written for `generate` work; the decoder does not cache yet.
+        use_cache (`bool`, *optional*, defaults to `True`): run finished BD3LM blocks once; same text.
+        cache_implementation, cache_config, max_cache_len, compile_config, disable_compile: accepted, without effect.
     """
 
     def __init__(self, **kwargs):
@@ -202,7 +202,7 @@ class A2DGenerationConfig(GenerationConfig):
         for name in ("temperature", "entropy_bound"):
             self._check(name, _is_number, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         self._check("repetition_penalty", _is_number, lambda v: v > 0, "a number above 0")
-        for name in ("do_sample", "return_dict_in_generate", "output_history"):
+        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history"):
             self._check(name, lambda v: isinstance(v, bool), lambda v: True, "a boolean")
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             self._check(name, _is_id_list, lambda v: True, "a list of token ids")

@@ -92,7 +92,9 @@ class OutputHead:
             caught = []
             handle = head.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
             try:
-                with torch.no_grad():
+                # Dropout of this look must not move the random state of a run, or a resumed one would not equal it.
+                devices = [tokens.device] if tokens.is_cuda else []
+                with torch.random.fork_rng(devices=devices), torch.no_grad():
                     scored = parent(**probe, use_cache=False).logits
                     raw = torch.nn.functional.linear(caught[0].to(head.weight.dtype), head.weight, head.bias)
             finally:

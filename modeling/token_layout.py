@@ -193,7 +193,7 @@ def rows_through_head(
     if bool((source_BL == -2 if wanted_BL is None else (source_BL == -2) & wanted_BL.to(device)).any()):
         raise ValueError(
             "With `token_shift` the first token of a pass with a cache is scored by the last hidden state of the pass "
-            "before: leave it out of `logits_mask` and keep the logits of that pass, or feed the token before it again."
+            "before: leave it out of `logits_mask` and keep the logits of that pass, or give that token again."
         )
     blind_BL = source_BL < 0
     flat_BL = source_BL.clamp(min=0) + torch.arange(shape[0], device=device)[:, None] * shape[1]

@@ -262,3 +262,9 @@ def test_loading_a_causal_class_by_name_never_gives_random_weights(tmp_path):
     model.save_pretrained(tmp_path)
     _, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_the_config_class_reads_a_parents_folder_too(make_checkpoint):
+    """PEFT asks for it when it saves an adapter of a model that was converted in memory."""
+    config = A2DConfig.from_pretrained(make_checkpoint("qwen3"))
+    assert config.model_type == "a2d" and config.text_config.model_type == "qwen3"
