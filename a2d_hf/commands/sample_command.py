@@ -1,0 +1,144 @@
+"""`a2d sample`: text from a converted model, drawn live where there is a terminal. Decoding is the model's own."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..console import Console
+from ..conversion_settings import DEVICES
+from ..data import explained_tokenizing
+from ..errors import BadInput
+
+
+SELECTORS = ("confidence", "margin", "entropy", "random", "threshold", "entropy_bound")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command to the parser of `a2d`."""
+    parser = subparsers.add_parser(
+        "sample",
+        help="write text with a converted model",
+        description="Continues each prompt by diffusion. Prompts come from -p (repeatable), --prompt-file (one per "
+        "line), or standard input.",
+    )
+    parser.add_argument("path", metavar="RUN", help="run directory, or folder of a converted checkpoint")
+    parser.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with one prompt per line")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens to write (default: 128, or what fits)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="forward passes for all of them (default: one per token)"
+    )
+    parser.add_argument("--block-size", type=int, metavar="N", help="finish this many positions before the next ones")
+    parser.add_argument("--selector", choices=SELECTORS, help="which positions a forward pass commits")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="probability to commit from, with --selector threshold"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token, above 0 samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to run")
+    parser.add_argument("--trust-remote-code", action="store_true", help="for a parent that needs its own code")
+    parser.add_argument("--json", action="store_true", help="print a JSON list on stdout")
+    parser.set_defaults(run=run)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of a call, from the one place where they were given."""
+    if args.prompt and args.prompt_file:
+        raise BadInput("-p and --prompt-file exclude each other: give one of them.")
+    if args.prompt:
+        return args.prompt
+    if args.prompt_file:
+        try:
+            text = args.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--prompt-file {args.prompt_file} cannot be read: {error}.") from error
+        name = f"--prompt-file {args.prompt_file}"
+    else:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise BadInput('No prompt: give -p "text", --prompt-file FILE, or pipe text in.')
+        text, name = sys.stdin.read(), "Standard input"
+        if text.strip():
+            return [text.rstrip("\n")]
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise BadInput(f'{name} holds no prompt: give -p "text", or a file with one prompt per line.')
+    return prompts
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from ..converted_model import find_converted
+
+    found = find_converted(args.path)
+    prompts = read_prompts(args)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "steps": args.steps,
+        "block_size": args.block_size,
+        "selector": args.selector or ("threshold" if args.threshold is not None else None),
+        "threshold": args.threshold,
+        "temperature": args.temperature,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    console = Console(json_output=args.json)
+    if found.manifest is not None and found.manifest["training"] is None:
+        console.warn(f"{args.path} is converted but not trained: expect no sensible text.")
+
+    from ..modeling.generation_config_a2d import A2DGenerationConfig
+
+    try:
+        A2DGenerationConfig(**options)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    model, tokenizer = found.load(args.device, args.trust_remote_code)
+    live = not args.json and console.out.isatty()
+    samples = []
+    for number, prompt in enumerate(prompts):
+        result = _sample(model, tokenizer, prompt, options, args.seed + number, live)
+        samples.append(result)
+        if not args.json:
+            _show(result, console, live)
+    if args.json:
+        console.json(samples)
+    return 0
+
+
+def _sample(model: Any, tokenizer: Any, prompt: str, options: dict[str, Any], seed: int, live: bool) -> dict[str, Any]:
+    from transformers import TextDiffusionStreamer
+
+    with explained_tokenizing(f"The prompt {prompt!r} cannot be tokenized"):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    streamer = TextDiffusionStreamer(tokenizer, skip_special_tokens=True) if live else None
+    try:
+        output = model.diffusion_generate(
+            **inputs, **options, seed=seed, streamer=streamer, return_dict_in_generate=True
+        )
+    except ValueError as error:  # the decoder names the argument and the fix; here it is a flag
+        raise BadInput(str(error)) from error
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    # Decoded with the prompt and cut off again: alone, a tokenizer may drop the space before the first word.
+    whole = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+    start = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    return {
+        "prompt": prompt,
+        "completion": whole[len(start) :]
+        if whole.startswith(start)
+        else tokenizer.decode(new, skip_special_tokens=True),
+        "text": whole,
+        "seed": seed,
+        "stop_reason": output.stop_reason[0],
+        "forwards": output.num_forwards,
+        "tokens_per_forward": round(float(output.tokens_per_forward[0]), 4),
+    }
+
+
+def _show(result: dict[str, Any], console: Console, live: bool) -> None:
+    if not live:  # a terminal has seen the text being written
+        console.line(result["text"])
+    facts = f"{result['forwards']} forwards, {result['tokens_per_forward']:.2f} tokens per forward"
+    ends = {"eos": "the model ended", "length": "cut off at --max-new-tokens"}
+    console.line(console.style(f"[{facts}; {ends.get(result['stop_reason'], result['stop_reason'])}]", "dim"))
+    console.line()

@@ -1,0 +1,115 @@
+"""Every choice that a conversion takes, with its default, checked in one place.
+
+Owns the fields that the command line, `a2d_hf.convert` and a run's manifest share; a resumed run reads them back.
+Imports no torch, so that the command line can show the defaults at once.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import BadInput
+
+
+OBJECTIVES = ("mdlm",)
+SLIDING_WINDOWS = ("keep", "open")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+LONGEST_DEFAULT_ROW = 1024
+# Adam's best learning rate falls with the width of a model (muP, https://huggingface.co/papers/2203.03466). The anchor
+# is what Tiny-A2D used for Qwen3-0.6B, whose hidden size is 1024.
+ANCHOR_RATE, ANCHOR_WIDTH = 1e-4, 1024
+LOWEST_RATE, HIGHEST_RATE = 1e-5, 2e-3
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """
+    Args:
+        source (`str`): the parent: a folder, or a Hub id in the local cache.
+        data (`str`, *optional*): what to train on, a file or a Hub data set; without it only surgery and gates run.
+        objective (`str`, *optional*, defaults to `"mdlm"`): the training objective.
+        token_shift (`bool`, *optional*, defaults to `False`): read the prediction for a position one to its left, as
+            the parent does.
+        sliding_window (`str`, *optional*, defaults to `"keep"`): keep the parent's windows, made symmetric, or
+            open them.
+        mask_token_id (`int`, *optional*): an id that no text uses; chosen by the mask-token policy by default.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run Python code found in the parent's folder.
+        held_out (`float`, *optional*, defaults to 0.05): share of the data that is kept for evaluation.
+        max_length (`int`, *optional*): most tokens in a row; the parent's context, but at most 1024, by default.
+        epochs (`float`, *optional*, defaults to 3): passes over the data.
+        max_steps (`int`, *optional*): optimizer steps, instead of `epochs`.
+        batch_size (`int`, *optional*, defaults to 8): rows per forward pass.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1): forward passes per optimizer step.
+        learning_rate (`float`, *optional*): peak learning rate; by default 1e-4 at hidden size 1024, inversely
+            proportional to the hidden size.
+        seed (`int`, *optional*, defaults to 0): decides the split, the order, the noise and dropout.
+        save_steps (`int`, *optional*): optimizer steps between checkpoints; by time, at least a minute, by default.
+        device (`str`, *optional*, defaults to `"auto"`): where to train.
+    """
+
+    source: str
+    data: str | None = None
+    objective: str = "mdlm"
+    token_shift: bool = False
+    sliding_window: str = "keep"
+    mask_token_id: int | None = None
+    trust_remote_code: bool = False
+    held_out: float = 0.05
+    max_length: int | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    seed: int = 0
+    save_steps: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self):
+        _one_of("--objective", self.objective, OBJECTIVES)
+        _one_of("--sliding-window", self.sliding_window, SLIDING_WINDOWS)
+        _one_of("--device", self.device, DEVICES)
+        for flag, value, least in (
+            ("--mask-token-id", self.mask_token_id, 0),
+            ("--max-length", self.max_length, 2),
+            ("--max-steps", self.max_steps, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("--gradient-accumulation-steps", self.gradient_accumulation_steps, 1),
+            ("--seed", self.seed, 0),
+            ("--save-steps", self.save_steps, 1),
+        ):
+            if value is not None and value < least:
+                raise BadInput(f"{flag} must be {least} or more, not {value}.")
+        if not self.epochs > 0:
+            raise BadInput(f"--epochs must be above 0, not {self.epochs}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise BadInput(f"--learning-rate must lie between 0 and 1, not {self.learning_rate}.")
+        if not 0 <= self.held_out < 1:
+            raise BadInput(f"--held-out must be at least 0 and below 1, not {self.held_out}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    def row_length(self, context: int | None) -> int:
+        """
+        Most tokens in a row.
+
+        Args:
+            context (`int`, *optional*): the parent's longest sequence, where it has one.
+        """
+        if self.max_length is None:
+            return min(context or LONGEST_DEFAULT_ROW, LONGEST_DEFAULT_ROW)
+        if context is not None and self.max_length > context:
+            raise BadInput(f"--max-length {self.max_length} is longer than the model's context of {context} tokens.")
+        return self.max_length
+
+    def peak_learning_rate(self, hidden_size: int) -> float:
+        """The learning rate to use for a model of this width."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return min(max(ANCHOR_RATE * ANCHOR_WIDTH / hidden_size, LOWEST_RATE), HIGHEST_RATE)
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BadInput(f"{flag} must be {' or '.join(allowed)}, not {value}.")
