@@ -231,8 +231,10 @@ def _detect(settings: ConversionSettings) -> list[str]:
         kind = BadInput if found.bad_input else Refused
         hint = " Read that code, then pass --trust-remote-code." if reasons[0].code == "code.remote" else ""
         raise kind(f"{name} does not convert: {reasons[0].message}{hint}")
-    if found.verdict == "hybrid":
-        raise Refused(f"{name} is a hybrid, {found.layers.sentence()}: this version converts no hybrids.")
+    if found.verdict == "hybrid" and not settings.allow_hybrid:
+        raise Refused(
+            f"{name} is a hybrid, {found.layers.sentence()}: pass --allow-hybrid to convert it all the same."
+        )
     if found.text_only:
         raise Refused(f"{name} is multimodal: this version does not take its text model out of it.")
     return list(found.capabilities)

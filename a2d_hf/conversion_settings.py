@@ -32,6 +32,7 @@ class ConversionSettings:
         sliding_window (`str`, *optional*, defaults to `"keep"`): keep the parent's windows, made symmetric, or
             open them.
         mask_token_id (`int`, *optional*): an id that no text uses; chosen by the mask-token policy by default.
+        allow_hybrid (`bool`, *optional*, defaults to `False`): convert a parent whose recurrent layers stay causal.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run Python code found in the parent's folder.
         held_out (`float`, *optional*, defaults to 0.05): share of the data that is kept for evaluation.
         max_length (`int`, *optional*): most tokens in a row; the parent's context, but at most 1024, by default.
@@ -52,6 +53,7 @@ class ConversionSettings:
     token_shift: bool = False
     sliding_window: str = "keep"
     mask_token_id: int | None = None
+    allow_hybrid: bool = False
     trust_remote_code: bool = False
     held_out: float = 0.05
     max_length: int | None = None

@@ -91,7 +91,7 @@ def denoising_text(denoising: Denoising, *, name: str) -> Markup:
     """
     spans = Markup("").join(
         Markup('<span class="tok t{}" style="--at:{}" title="{}">{}</span>').format(
-            _shade(step, denoising.num_steps),
+            shade_of(step, denoising.num_steps),
             f"{ANIMATION_S * (step - 1) / denoising.num_steps:.2f}",
             f"step {step} of {denoising.num_steps}, probability {confidence:.2f}",
             piece,
@@ -124,7 +124,7 @@ def denoising_grid(denoising: Denoising) -> Markup:
     for column, (piece, step, confidence) in enumerate(
         zip(denoising.pieces, denoising.steps, denoising.confidence, strict=True)
     ):
-        shade, x, y = _shade(step, rows), left + column * CELL, (step - 1) * CELL
+        shade, x, y = shade_of(step, rows), left + column * CELL, (step - 1) * CELL
         label = f"{piece.strip() or repr(piece)}: step {step}, probability {confidence:.2f}"
         if step < rows:
             parts.append(
@@ -181,6 +181,6 @@ def text_after(denoising: Denoising, step: int) -> str:
     )
 
 
-def _shade(step: int, num_steps: int) -> int:
+def shade_of(step: int, num_steps: int) -> int:
     """0 for the first step .. SHADES - 1 for the last."""
     return 0 if num_steps == 1 else round((step - 1) / (num_steps - 1) * (SHADES - 1))

@@ -123,12 +123,9 @@ def _what_happened(manifest: dict[str, Any], facts: dict[str, Any]) -> Markup:
         ),
         ("Write", "Start from blanks only and fill in the surest ones first.", duration(seconds["sampling"])),
     ]
-    held = data["held_out"]
     note = (
-        f"{data['train']['kept_rows']:,} pieces of text were trained on; {held['kept_rows']:,} others, "
-        "the end of the text, neither model has seen. All losses below are measured on those."
-        if held and "kept_rows" in held
-        else "All losses below are measured on the end of the text, which neither model has seen."
+        f"{data['train']['rows']:,} pieces of text were trained on. {data['held_out']['rows']:,} others, the end of "
+        "the text, neither model has seen: “held-out” means measured on those."
     )
     return join(table(("Stage", "What it did", "Time"), rows), paragraphs(note))
 

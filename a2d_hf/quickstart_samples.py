@@ -13,12 +13,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TextDiffusionStreamer,
     set_seed,
 )
 
 from .console import Console
 from .denoising_picture import Denoising, text_after, token_pieces
+from .live_draft import LiveDraft
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 
 
@@ -115,7 +115,7 @@ def _denoise(
     console.line()
     output = model.diffusion_generate(
         input_ids,
-        streamer=TextDiffusionStreamer(tokenizer, sleep_time=0.04, skip_special_tokens=True) if live else None,
+        streamer=LiveDraft(tokenizer, sleep_time=0.04, skip_special_tokens=True) if live else None,
         output_history=True,
         return_dict_in_generate=True,
         **choices,

@@ -17,7 +17,7 @@ from .atomic_files import write_text
 
 
 WIDTH, HEIGHT = 520, 290  # of a chart, in SVG units: small, so that its words stay readable on a phone
-LEFT, RIGHT, TOP, BOTTOM = 38, 14, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 38, 22, 26, 42
 
 
 @dataclass
@@ -202,7 +202,7 @@ def line_chart(
             LEFT + inner_width / 2, HEIGHT - 6, x_label
         )
     )
-    parts.append(Markup('<text x="{}" y="{}">{}</text>').format(4, TOP - 3, y_label))
+    parts.append(Markup('<text x="{}" y="{}">{}</text>').format(LEFT, TOP - 12, y_label))
     for s, points, means in zip(series, finite, smoothed, strict=True):
         if s.smooth > 1:
             dots = Markup("").join(
@@ -270,11 +270,14 @@ def _freer_side(y: float, curves: Sequence[Sequence[tuple[float, float]]]) -> st
 
 
 def _spread(labels: list[tuple[float, str, int]], gap: float = 15) -> list[tuple[float, str, int]]:
-    """Text just above its line; moved up where two would overlap, and down again where the frame ends."""
+    """Text just above its line, the lowest of several below; moved up where two would overlap, down at the frame."""
     placed: list[tuple[float, str, int]] = []
     for y, label, colour in sorted(labels, reverse=True):
-        above = y - 5 if not placed else min(y - 5, placed[-1][0] - gap)
-        placed.append((above, label, colour))
+        if placed:
+            y = min(y - 5, placed[-1][0] - gap)
+        else:
+            y = min(y + gap, HEIGHT - BOTTOM - 4) if len(labels) > 1 else y - 5
+        placed.append((y, label, colour))
     lowest = float(TOP + 8)
     for i in reversed(range(len(placed))):
         y, label, colour = placed[i]

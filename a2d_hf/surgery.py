@@ -138,6 +138,7 @@ def operate(source: Source, settings: ConversionSettings) -> Operation:
             objective=settings.objective,
             token_shift=settings.token_shift,
             sliding_window=settings.sliding_window,
+            allow_hybrid=settings.allow_hybrid,
             trust_remote_code=settings.trust_remote_code,
             dtype=torch.float32,
             local_files_only=True,

@@ -120,10 +120,11 @@ class Chat:
     def answer(self, line: str) -> None:
         """Answers one line; an empty one gets a text from nothing, outside the conversation."""
         inputs = self._inputs(line) if line else None
-        if inputs is not None and bool((inputs["input_ids"] == self.model.config.mask_token_id).any()):
+        mask_token_id = self.model.config.mask_token_id
+        if inputs is not None and bool((inputs["input_ids"] == mask_token_id).any()):
             raise BadInput(
-                f"The text holds the mask token {self.tokenizer.decode([self.model.config.mask_token_id])}, which stands for what is still to be "
-                "written: leave it out."
+                f"The text holds the mask token {self.tokenizer.decode([mask_token_id])}, which stands for what is "
+                "still to be written: leave it out."
             )
         live = self.console.out.isatty()
         streamer = None
@@ -153,10 +154,13 @@ class Chat:
 
     def _inputs(self, line: str) -> Any:
         """The prompt: the conversation so far and the new line, without the oldest turns if they do not fit."""
+        from ..data import explained_tokenizing
+
         context = self.model.config.max_position_embeddings
         turns = self.turns
         while True:
-            inputs = self._encode(turns, line).to(self.model.device)
+            with explained_tokenizing("The text cannot be tokenized"):
+                inputs = self._encode(turns, line).to(self.model.device)
             whole = inputs["input_ids"].shape[1] + self.options["max_new_tokens"]
             if context is None or whole <= context or not turns:
                 break

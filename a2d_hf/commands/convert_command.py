@@ -33,6 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--mask-token-id", type=int, metavar="ID", help="an id that no text uses (default: by policy)")
     parser.add_argument(
+        "--allow-hybrid", action="store_true", help="convert a parent whose recurrent layers stay causal, in part"
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code found in the parent's folder"
     )
     training = parser.add_argument_group("training, with --data")

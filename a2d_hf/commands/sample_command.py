@@ -40,6 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to run")
     parser.add_argument("--trust-remote-code", action="store_true", help="for a parent that needs its own code")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a page that runs through the denoising (HTML)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list on stdout")
     parser.set_defaults(run=run)
 
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         "temperature": args.temperature,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if args.trace is not None and (args.trace.is_dir() or not args.trace.resolve().parent.is_dir()):
+        raise BadInput(f"--trace {args.trace} is no file in a folder that exists: give one, for example trace.html.")
     console = Console(json_output=args.json)
     if found.manifest is not None and found.manifest["training"] is None:
         console.warn(f"{args.path} is converted but not trained: expect no sensible text.")
@@ -95,18 +100,33 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(str(error)) from error
     model, tokenizer = found.load(args.device, args.trust_remote_code)
     live = not args.json and console.out.isatty()
-    samples = []
+    if args.trace is not None:
+        options["output_history"] = True
+    samples, denoisings = [], []
     for number, prompt in enumerate(prompts):
-        result = _sample(model, tokenizer, prompt, options, args.seed + number, live)
+        result, output = _sample(model, tokenizer, prompt, options, args.seed + number, live)
+        if args.trace is not None:
+            from ..quickstart_samples import denoising_of
+
+            denoisings.append(denoising_of(output, tokenizer, prompt, model.config.mask_token_id))
         samples.append(result)
         if not args.json:
             _show(result, console, live)
+    if args.trace is not None:
+        from ..denoising_trace import trace_page
+        from ..report import write_page
+
+        write_page(args.trace, trace_page(denoisings, found.name))
+        console.note(f"the denoising: {args.trace}")
     if args.json:
         console.json(samples)
     return 0
 
 
-def _sample(model: Any, tokenizer: Any, prompt: str, options: dict[str, Any], seed: int, live: bool) -> dict[str, Any]:
+def _sample(
+    model: Any, tokenizer: Any, prompt: str, options: dict[str, Any], seed: int, live: bool
+) -> tuple[dict[str, Any], Any]:
+    """What is reported of one text, and the decoder's whole output."""
     from transformers import TextDiffusionStreamer
 
     with explained_tokenizing(f"The prompt {prompt!r} cannot be tokenized"):
@@ -122,7 +142,7 @@ def _sample(model: Any, tokenizer: Any, prompt: str, options: dict[str, Any], se
     # Decoded with the prompt and cut off again: alone, a tokenizer may drop the space before the first word.
     whole = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
     start = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
-    return {
+    result = {
         "prompt": prompt,
         "completion": whole[len(start) :]
         if whole.startswith(start)
@@ -133,6 +153,7 @@ def _sample(model: Any, tokenizer: Any, prompt: str, options: dict[str, Any], se
         "forwards": output.num_forwards,
         "tokens_per_forward": round(float(output.tokens_per_forward[0]), 4),
     }
+    return result, output
 
 
 def _show(result: dict[str, Any], console: Console, live: bool) -> None:
