@@ -8,7 +8,6 @@ Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits tha
 
 import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         self._caches_blocks = caches_blocks(backbone)
         # Models of the old kind call a kernel of their own, which reads "no mask" as "causal".
         self._none_means_open = bool(type(backbone)._supports_attention_backend)
-        self._output_head = OutputHead(backbone)
+        self.output_head = OutputHead(backbone)
         self.mask_token: MaskToken | None = None
         self.post_init()
 
@@ -90,7 +89,6 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         return self.parent
 
     # ------------------------------------------------------------------------------------------------ construction
-
     @classmethod
     def from_pretrained(
         cls,
@@ -124,9 +122,9 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             [`A2DForMaskedDiffusion`]
         """
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        fields = dict(objective=objective, block_size=block_size, token_shift=token_shift)
-        fields |= dict(clean_context=clean_context, sliding_window=sliding_window)
-        fields = {name: value for name, value in fields.items() if value is not None}
+        given = (objective, block_size, token_shift, clean_context, sliding_window)
+        names = ("objective", "block_size", "token_shift", "clean_context", "sliding_window")
+        fields = {name: value for name, value in zip(names, given, strict=True) if value is not None}
         if config is None:
             config = AutoConfig.from_pretrained(
                 pretrained_model_name_or_path, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
@@ -207,13 +205,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
-    @property
-    def output_transform(self) -> Callable | None:
-        """What the parent does to the scores behind its head; known once a loss was asked for."""
-        return self._output_head.transform
-
     # -------------------------------------------------------------------------------------------------- embeddings
-
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -235,7 +227,6 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         super()._set_gradient_checkpointing(enable, keep_pattern(function), **kwargs)
 
     # ----------------------------------------------------------------------------------------------------- forward
-
     def resolve_pattern(self, attention_pattern: AttentionPattern | str | None) -> AttentionPattern:
         """Turns what a caller passed as `attention_pattern` into an [`AttentionPattern`]."""
         if isinstance(attention_pattern, AttentionPattern):
@@ -329,7 +320,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
         if past_key_values is not None:
             inputs["past_key_values"] = past_key_values
         head = self.get_output_embeddings()
-        in_chunks = labels is not None and self._output_head.runs_in_chunks(head, tokens)
+        in_chunks = labels is not None and self.output_head.runs_in_chunks(head, tokens)
         wanted = None if rows_N is None else HeadRows(rows_N, catch=in_chunks)
         with pattern_in_force(state), head_rows(head, wanted):
             outputs = self.backbone(
@@ -361,7 +352,7 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
                 )
             weights_N = None if loss_weights is None else loss_weights[wanted_BL]
             result.head_input = wanted.caught_ND
-            result.loss, result.token_nll, result.token_hit = self._output_head.loss(
+            result.loss, result.token_nll, result.token_hit = self.output_head.loss(
                 head, outputs.logits, wanted, labels[wanted_BL], weights_N, num_items_in_batch
             )
         return result if return_dict is None or return_dict else result.to_tuple()
