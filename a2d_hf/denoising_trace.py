@@ -39,7 +39,8 @@ def scrubbable(denoising: Denoising, *, name: str) -> Markup:
     passes = range(count + 1)
     rules = Markup("\n").join(
         Markup(
-            "#{0}:has(#{0}-{1}:checked) {{ --now: {1} }} #{0}:has([for={0}-{1}]:hover) {{ --now: {1} !important }}"
+            "#{0}:has(#{0}-{1}:checked) {{ --now: {1} }} #{0}:has([for={0}-{1}]:hover) {{ --now: {1} !important }} "
+            "#{0}:has(#{0}-{1}:checked) [for={0}-{1}] {{ opacity: 1 }}"
         ).format(name, number)
         for number in passes
     )

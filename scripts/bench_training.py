@@ -240,11 +240,11 @@ def main() -> None:
             f"{result['memory_share']:>8.2f}x",
             flush=True,
         )
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = options.output.with_suffix(".writing")
-        unfinished.write_text(json.dumps(report, indent=2) + "\n")
-        unfinished.rename(options.output)
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = options.output.with_suffix(".writing")
+            unfinished.write_text(json.dumps(report, indent=2) + "\n")
+            unfinished.rename(options.output)
 
 
 if __name__ == "__main__":

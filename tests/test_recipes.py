@@ -21,6 +21,7 @@ ROWS = {
     "mdlm_sft": {"prompt": "question 1 2 3?", "completion": " answer: 3 2 1"},
     "mdlm_pt": {"text": "The quick brown fox jumps over the lazy dog. " * 8},
 }
+ROWS |= {f"{method}_{kind}": ROWS[f"mdlm_{kind}"] for method in ("bd3lm", "repalign") for kind in ("sft", "pt")}
 
 
 def load(name: str) -> ModuleType:

@@ -89,8 +89,8 @@ class AuxiliaryLosses:
             teacher_ME[number_N],
             _plain_head(teacher),
             weights_N=torch.ones(number_N.shape[0], device=head_input_ND.device),
-            transform=student.output_transform,
-            teacher_transform=teacher.output_transform,
+            transform=student.output_head.transform,
+            teacher_transform=teacher.output_head.transform,
         )
 
     def total(
@@ -142,7 +142,7 @@ def clean_text(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _plain_head(model: A2DForMaskedDiffusion) -> torch.nn.Linear:
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or model.output_transform is None:
+    if type(head) is not torch.nn.Linear or model.output_head.transform is None:
         raise ValueError(
             "`teacher_kl_weight` needs an output head that is a plain linear layer; leave the head out of the "
             "adapter's `target_modules`."

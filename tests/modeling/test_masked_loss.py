@@ -111,7 +111,7 @@ def test_what_a_parent_does_after_its_head_is_recognised(family):
     labels = x.masked_fill(torch.arange(9) % 2 == 0, -100)
     out = model(x, labels=labels)
     out.loss.backward()
-    assert model._output_head.transform is not None
+    assert model.output_head.transform is not None
     logits = again(x).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
     loss.backward()
@@ -134,7 +134,7 @@ def test_an_unknown_head_falls_back_to_the_parents_own_logits():
     labels = x.masked_fill(torch.arange(9) % 2 == 0, -100)
     expected = torch.nn.functional.cross_entropy(model(x).logits[0], labels[0])
     torch.testing.assert_close(model(x, labels=labels).loss, expected)
-    assert model._output_head.transform is None
+    assert model.output_head.transform is None
 
 
 def test_the_first_token_of_a_shifted_row_cannot_be_a_target():
