@@ -6,8 +6,8 @@ The published step is written here, from its definition: the doubled sequence (o
 mask built edge by edge on tensors, the output head over every position, cross-entropy in fp32 over all of it. Ours is
 the trainer's own `compute_loss`. Both run forward and backward of the same model, with the same rows, in turns, in one
 process; the numbers are ratios of medians. Peak memory is what a step holds beyond weights and gradients, in a process
-of its own per arm. The model has the width and vocabulary of Qwen3-0.6B and fewer layers: the ratio for the 28 layers
-of the real one is worked out from the time of one layer, measured here too.
+of its own per arm. The model has the width and vocabulary of Qwen3-0.6B and fewer layers (`--layers 28` for all
+of them).
 """
 
 import argparse
