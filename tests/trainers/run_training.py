@@ -73,3 +73,6 @@ def train(out: Path, fields: dict) -> MDLMTrainer:
 if __name__ == "__main__":
     for i, one_run in enumerate(json.loads(sys.argv[2])):
         train(Path(sys.argv[1]) / str(i), one_run)
+    if torch.distributed.is_initialized():
+        # Left to the interpreter's exit, gloo's threads now and then end a process that has done all its work.
+        torch.distributed.destroy_process_group()
