@@ -2,9 +2,11 @@
 
 Owns the layout of the folder: the parent's own `save_pretrained` writes the weights under the parent's names (shards,
 ties and expert layouts are its business), then this model's configuration replaces the parent's and the code that
-reads it travels along. Takes the model as it is, and changes only what its configuration says about itself.
+reads it travels along. Owns as well what `push_to_hub` adds: the model card and the manifest that `a2d convert` wrote.
+Takes the model as it is, and changes only what its configuration says about itself.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 # The auto classes that load a converted checkpoint.
 AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+# What `a2d convert` writes beside a checkpoint, and a push takes along: parent, gates, licence, how to load.
+TRAVELS_ALONG = ("README.md", "a2d_manifest.json")
 MODEL_FILE = Path(__file__).with_name("modeling_a2d.py")
 
 
@@ -53,3 +57,34 @@ def write_checkpoint(
     }
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+class CheckpointWriting:
+    """Gives [`A2DForMaskedDiffusion`] its `save_pretrained`, and `push_to_hub` the conversion's own card."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """
+        Saves the checkpoint: weights under the PARENT's names, so that its own class, PEFT, quantizers and engines
+        read them; and beside them this model's configuration and code. Args are those of
+        [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "token") if name in kwargs}
+        write_checkpoint(self, Path(save_directory), is_main_process, state_dict, **kwargs)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        # The last step of `push_to_hub`, in the folder that it has just written, with a card that says nothing: the
+        # one that `a2d convert` wrote takes its place.
+        folder = Path(self.name_or_path)
+        if all((folder / name).is_file() for name in TRAVELS_ALONG):
+            for name in TRAVELS_ALONG:
+                shutil.copyfile(folder / name, Path(working_dir) / name)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)

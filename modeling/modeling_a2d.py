@@ -8,7 +8,6 @@ Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits tha
 
 import inspect
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .attention_interface import PatternInForce, install, keep_pattern, pattern_in_force
 from .attention_pattern import AttentionPattern
 from .causal_buffers import open_causal_buffers
-from .checkpoint_writing import write_checkpoint
+from .checkpoint_writing import CheckpointWriting
 from .configuration_a2d import A2DConfig
 from .generation_a2d import A2DGenerationMixin
 from .generation_config_a2d import A2DGenerationConfig
@@ -34,7 +33,7 @@ from .token_layout import TokenLayout, rows_through_head
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
+class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMixin):
     """
     A masked diffusion language model made of an autoregressive one.
 
@@ -372,23 +371,3 @@ class A2DForMaskedDiffusion(PreTrainedModel, A2DGenerationMixin):
             copy_K=layout.copy_K,
             fast_path=self._none_means_open,
         )
-
-    # ------------------------------------------------------------------------------------------------ save and push
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """
-        Saves the checkpoint: weights under the PARENT's names, so that its own class, PEFT, quantizers and engines
-        read them; and beside them this model's configuration and code. Args are those of
-        [`~transformers.PreTrainedModel.save_pretrained`].
-        """
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "commit_message", "private", "token") if name in kwargs}
-        write_checkpoint(self, Path(save_directory), is_main_process, state_dict, **kwargs)
-        if push_to_hub and is_main_process:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)

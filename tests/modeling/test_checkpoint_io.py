@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +196,31 @@ def test_push_to_hub_uploads_the_folder_that_save_writes(tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors", "modeling_a2d.py", "generation_config.json"} <= uploaded[
         "someone/tiny-a2d"
     ]
+
+
+def test_push_to_hub_takes_the_conversions_own_card_along(tmp_path, monkeypatch):
+    """transformers writes a card that says nothing; `a2d convert` wrote one with parent, gates and licence."""
+    import huggingface_hub
+
+    folder, uploaded = tmp_path / "model", {}
+    convert().save_pretrained(folder)
+    (folder / "README.md").write_text("# made from someone's model")
+    (folder / "a2d_manifest.json").write_text("{}")
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        for operation in operations:
+            source = operation.path_or_fileobj
+            is_text = str(source).endswith((".md", ".json"))
+            uploaded[operation.path_in_repo] = Path(source).read_text() if is_text else None
+        return type("Info", (), {"commit_url": "", "oid": "0"})()
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: type("Url", (), {"repo_id": repo_id})()
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    A2DForMaskedDiffusion.from_pretrained(folder).push_to_hub("someone/tiny-a2d")
+    assert uploaded["README.md"] == "# made from someone's model"
+    assert "a2d_manifest.json" in uploaded and "model.safetensors" in uploaded
 
 
 def test_save_with_push_uploads_too(tmp_path, monkeypatch):
