@@ -1,4 +1,6 @@
-"""A hybrid converts only when its user says that it may open in part."""
+"""Parents that convert with a caveat: hybrids only when asked, ALiBi with a warning."""
+
+import json
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -27,3 +29,14 @@ def test_with_leave_it_converts_and_says_how_many_layers_open(hybrid, tmp_path, 
     said = capsys.readouterr()
     assert "2 of 4 layers" in said.out + said.err
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_alibi_is_told_and_kept_in_the_manifest(tmp_path, capsys):
+    """Its bias is a function of the key alone, which is a distance only while attention looks to the left."""
+    folder = tmp_path / "bloom"
+    AutoModelForCausalLM.from_config(tiny_config("bloom")[0]).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert "ALiBi" in said.out + said.err
+    assert "ALiBi" in json.loads((tmp_path / "run" / "manifest.json").read_text())["caveats"][0]
