@@ -24,9 +24,6 @@ CORE = ("identity", "reach", "block_causal", "saved", "gradients")
 EVERY = (*CORE, "bd3lm", "documents", "cache", "rows", "eager")
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
-
-
 def run_all(types: list[str], processes: int = 2) -> list[dict[str, Any]]:
     """Checks the types side by side; one that hangs or crashes is a row that says so."""
     import transformers  # noqa: F401  before the fork, so that it is imported once

@@ -6,6 +6,8 @@ Owns that filling. A decoder works on whole blocks, so a model must have seen wh
 from dataclasses import dataclass
 from typing import Any
 
+from .epoch_order import add_eos_tail
+
 
 @dataclass(frozen=True)
 class BlockEnds:
@@ -26,11 +28,4 @@ class BlockEnds:
     def extend(self, rows: list[dict[str, Any]], epoch: int) -> None:
         """Fills up `rows`, in place, and notes what each got as `tail_length`."""
         for row in rows:
-            length = -len(row["labels"]) % self.block_size
-            if row["labels"][-1] != self.token_id:
-                length = 0  # cut short, or never meant to stop
-            elif self.max_length is not None:
-                length = min(length, max(self.max_length - len(row["labels"]), 0))
-            row["input_ids"] = list(row["input_ids"]) + [self.token_id] * length
-            row["labels"] = list(row["labels"]) + [self.token_id] * length
-            row["tail_length"] = length
+            add_eos_tail(row, -len(row["labels"]) % self.block_size, self.token_id, self.max_length)

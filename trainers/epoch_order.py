@@ -18,6 +18,25 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from .diffusion_noise import eos_tail_length, epoch_order
 
 
+def add_eos_tail(row: dict[str, Any], length: int, token_id: int, max_length: int | None) -> None:
+    """
+    Puts EOS tokens behind a row, in place, and notes how many as `tail_length`.
+
+    Args:
+        row (`dict[str, Any]`): a prepared row.
+        length (`int`): tokens to add; fewer where the row would outgrow `max_length`, none where it does not end.
+        token_id (`int`): the EOS token.
+        max_length (`int`, *optional*): most tokens in a row.
+    """
+    if row["labels"][-1] != token_id:
+        length = 0  # cut short, or never meant to stop
+    elif max_length is not None:
+        length = min(length, max(max_length - len(row["labels"]), 0))
+    row["input_ids"] = list(row["input_ids"]) + [token_id] * length
+    row["labels"] = list(row["labels"]) + [token_id] * length
+    row["tail_length"] = length
+
+
 @dataclass(frozen=True)
 class EOSTail:
     """
@@ -40,13 +59,7 @@ class EOSTail:
         """Adds the tails to `rows`, in place, and notes each as `tail_length`."""
         row_ids = torch.tensor([row["row_id"] for row in rows], dtype=torch.int64)
         for row, length in zip(rows, eos_tail_length(self.seed, epoch, row_ids, self.longest).tolist(), strict=True):
-            if row["labels"][-1] != self.token_id:
-                length = 0  # cut short, or never meant to stop
-            elif self.max_length is not None:
-                length = min(length, max(self.max_length - len(row["labels"]), 0))
-            row["input_ids"] = list(row["input_ids"]) + [self.token_id] * length
-            row["labels"] = list(row["labels"]) + [self.token_id] * length
-            row["tail_length"] = length
+            add_eos_tail(row, length, self.token_id, self.max_length)
 
 
 class OrderedRows(Dataset):
