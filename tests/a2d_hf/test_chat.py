@@ -231,8 +231,12 @@ def test_in_a_terminal_the_answer_is_drawn_live_and_ctrl_c_is_clean(terminal):
     screen.wait_for("\033[33m")
     screen.interrupt()  # while it writes: only this answer ends
     assert "this turn is forgotten" in screen.wait_for("> ")
-    screen.interrupt()  # at the prompt: leaves
-    assert screen.process.wait(30) == 130 and "Traceback" not in screen.seen
+    for _ in range(6):  # at the prompt: leaves; between prompt and read, CPython holds a signal until the next one
+        screen.interrupt()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            screen.process.wait(5)
+            break
+    assert screen.process.wait(1) == 130 and "Traceback" not in screen.seen
 
 
 def test_ctrl_d_leaves(terminal):
