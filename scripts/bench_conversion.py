@@ -1,0 +1,369 @@
+"""What helps a conversion: held-out NELBO against tokens trained for, arm by arm, each at its own best learning rate.
+
+    python scripts/bench_conversion.py SRC --data D --json benchmarks/conversion_X.json --figure docs/conversion_X.svg
+
+Owns the measurement behind the defaults of training (docs/decisions.md, docs/conversion.md). Every arm gets the same
+rows, the same tokens and the same evaluation: a learning rate is chosen on the first seed among three, the other seeds
+run at it. A finished run is in the JSON at once, so an interrupted measurement continues where it was.
+
+The NELBO is the trainer's own, per token of the held-out text: of a global canvas for MDLM, of a block given the clean
+blocks before it for BD3LM. Both bound the NLL of the same text, which is what makes them comparable with the parent's.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+MDLM, BD3LM, REPALIGN = "mdlm", "bd3lm", "repalign"
+HELD_OUT_COPIES = 2  # a copy of a row is a row of its own and draws its own noise: the estimate's variance falls
+WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to convert.
+
+    Attributes:
+        name (`str`): as it stands in the table.
+        objective (`str`): which trainer.
+        token_shift (`bool`): whether predictions are read one position to the left.
+        model (`dict`): further fields of the conversion.
+        config (`dict`): fields of the trainer's configuration.
+        anneal (`float`): share of the steps over which attention opens.
+        lora (`bool`): adapters of rank 16 on every linear layer in place of all weights.
+    """
+
+    name: str
+    objective: str
+    token_shift: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    anneal: float = 0.0
+    lora: bool = False
+
+
+CAUSAL = {"clean_context": "causal"}
+ARMS = (
+    Arm("MDLM", MDLM),
+    Arm("MDLM, shift", MDLM, True),
+    Arm("MDLM, shift, annealed", MDLM, True, anneal=0.5),
+    Arm("MDLM, shift, RepAlign 1", REPALIGN, True, config={"align_weight": 1.0}),
+    Arm("MDLM, shift, AR loss 0.3", MDLM, True, config={"ar_loss_weight": 0.3}),
+    Arm("MDLM, shift, teacher KL 0.5", MDLM, True, config={"teacher_kl_weight": 0.5}),
+    Arm("MDLM, shift, LoRA 16", MDLM, True, lora=True),
+    Arm("BD3LM 16, shift", BD3LM, True, CAUSAL, {"block_size": 16}),
+    Arm("BD3LM 4", BD3LM, False, CAUSAL, {"block_size": 4}),
+    Arm("BD3LM 4, shift", BD3LM, True, CAUSAL, {"block_size": 4}),
+    Arm("BD3LM 4, shift, block-open context", BD3LM, True, {"clean_context": "block"}, {"block_size": 4}),
+    Arm("BD3LM 4, shift, two views", BD3LM, True, CAUSAL, {"block_size": 4, "complementary_views": True}),
+    Arm("BD3LM 4, shift, AR loss 0.3", BD3LM, True, CAUSAL, {"block_size": 4, "ar_loss_weight": 0.3}),
+    Arm("BD3LM 4, shift, teacher KL 0.5", BD3LM, True, CAUSAL, {"block_size": 4, "teacher_kl_weight": 0.5}),
+    Arm("BD3LM 1 to 4, shift", BD3LM, True, CAUSAL, {"block_size": 4, "block_size_curriculum": [1, 2, 4]}),
+    Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run gets: `tokens` in rows of `max_length`, `batch_size` rows a step, measured `points` times."""
+
+    tokens: int
+    max_length: int
+    batch_size: int
+    points: int
+
+    @property
+    def steps(self) -> int:
+        return max(self.points, math.ceil(self.tokens / (self.max_length * self.batch_size)))
+
+
+def prepared_rows(args: argparse.Namespace, tokenizer: Any, token_shift: bool) -> tuple[Any, Any]:
+    """Training and held-out rows, cut and tokenized as `a2d convert` does; the same split for every arm and seed."""
+    from datasets import Dataset
+
+    from a2d_hf.conversion_settings import ConversionSettings
+    from a2d_hf.data import read_rows
+    from a2d_hf.training_run import prepare_data
+
+    settings = ConversionSettings(source=args.source, max_length=args.max_length, token_shift=token_shift)
+    data = prepare_data(read_rows(args.data), tokenizer, settings, None)
+    kept = data.held_out[: max(1, args.held_out_tokens // args.max_length)]
+    copies = [{**row, "row_id": i} for i, row in enumerate(kept * HELD_OUT_COPIES)]
+    return data.train, Dataset.from_list(copies)
+
+
+def parent_nll(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """The parent's NLL on the held-out rows, from left to right."""
+    from a2d_hf import evaluate
+    from a2d_hf.surgery import load_parent
+
+    _, held_out = prepared_rows(args, tokenizer, False)
+    rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in held_out]
+    rows = rows[: len(rows) // HELD_OUT_COPIES]
+    parent = load_parent(Path(args.source))
+    return evaluate.autoregressive_nll(parent, evaluate.usable_rows(rows, sys.maxsize)).to_dict()
+
+
+def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: float, seed: int) -> dict[str, Any]:
+    """
+    Trains one arm once.
+
+    Returns:
+        `dict`: `curve`, a list of [tokens trained for, NELBO], the first before any training; and `seconds`.
+    """
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+
+    from a2d_hf import A2DForMaskedDiffusion
+    from a2d_hf.trainers.bd3lm_config import BD3LMConfig
+    from a2d_hf.trainers.bd3lm_trainer import BD3LMTrainer
+    from a2d_hf.trainers.mdlm_config import MDLMConfig
+    from a2d_hf.trainers.mdlm_trainer import MDLMTrainer
+    from a2d_hf.trainers.repalign_config import RepAlignConfig
+    from a2d_hf.trainers.repalign_trainer import RepAlignTrainer
+
+    kinds = {
+        MDLM: (MDLMTrainer, MDLMConfig),
+        BD3LM: (BD3LMTrainer, BD3LMConfig),
+        REPALIGN: (RepAlignTrainer, RepAlignConfig),
+    }
+    trainer_class, config_class = kinds[arm.objective]
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    train, held_out = prepared_rows(args, tokenizer, arm.token_shift)
+    torch.manual_seed(seed)
+    fields = {"objective": BD3LM if arm.objective == BD3LM else MDLM, "token_shift": arm.token_shift, **arm.model}
+    if arm.objective == BD3LM:
+        fields["block_size"] = arm.config["block_size"]
+    model = A2DForMaskedDiffusion.from_pretrained(args.source, tokenizer=tokenizer, dtype=torch.float32, **fields)
+    anneal = {"attention_anneal_steps": round(arm.anneal * budget.steps)} if arm.anneal else {}
+    curve: list[tuple[int, float]] = []
+
+    class Measured(TrainerCallback):
+        def on_evaluate(self, training, state, control, metrics, **kwargs):
+            curve.append((state.global_step * budget.max_length * budget.batch_size, metrics["eval_nelbo"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_class(
+            output_dir=folder,
+            max_steps=budget.steps,
+            per_device_train_batch_size=budget.batch_size,
+            per_device_eval_batch_size=budget.batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=WARMUP,
+            seed=seed,
+            data_seed=seed,
+            eval_strategy="steps",
+            eval_steps=max(1, budget.steps // budget.points),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            max_length=budget.max_length,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **anneal,
+            **arm.config,
+        )
+        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if arm.lora else None
+        trainer = trainer_class(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[Measured()],
+            peft_config=adapter,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.evaluate()
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        if trainer.state.global_step * budget.max_length * budget.batch_size != curve[-1][0]:
+            trainer.evaluate()
+    return {"curve": curve, "seconds": round(seconds, 1)}
+
+
+class Results:
+    """Finished runs, on disk as soon as they are."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts, self.runs = path, facts, []
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name in ("source", "data", "budget") if kept.get(name) != facts[name]]
+            if differing:
+                raise SystemExit(f"--json {path} holds a measurement with another {differing[0]}: name another file.")
+            self.runs = kept["runs"]
+
+    def find(self, arm: str, learning_rate: float, seed: int) -> dict[str, Any] | None:
+        key = (arm, learning_rate, seed)
+        return next((run for run in self.runs if (run["arm"], run["learning_rate"], run["seed"]) == key), None)
+
+    def add(self, **run: Any) -> dict[str, Any]:
+        from a2d_hf.atomic_files import write_json
+
+        self.runs.append(run)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.facts | {"runs": self.runs})
+        return run
+
+
+def final(run: dict[str, Any]) -> float:
+    """The NELBO at the end of a run; a diverged one counts as infinitely bad."""
+    value = run["curve"][-1][1]
+    return value if math.isfinite(value) else math.inf
+
+
+def summary(results: Results, arms: list[Arm]) -> list[dict[str, Any]]:
+    """One row per arm, in order: its best learning rate, and mean and spread over the seeds that ran at it."""
+    rows = []
+    for arm in arms:
+        own = [run for run in results.runs if run["arm"] == arm.name]
+        if not own:
+            continue
+        first = [run for run in own if run["seed"] == min(r["seed"] for r in own)]
+        best = min(first, key=final)["learning_rate"]
+        chosen = [run for run in own if run["learning_rate"] == best]
+        finals = [final(run) for run in chosen]
+        steps = zip(*(run["curve"] for run in chosen), strict=True)
+        curve = [(points[0][0], [nelbo for _, nelbo in points]) for points in steps]
+        rows.append(
+            {
+                "arm": arm.name,
+                "learning_rate": best,
+                "seeds": len(chosen),
+                "before": statistics.mean(curve[0][1]),
+                "after": statistics.mean(finals),
+                "spread": statistics.stdev(finals) if len(finals) > 1 else 0.0,
+                "curve": [(tokens, statistics.mean(values)) for tokens, values in curve],
+                "seconds": statistics.mean(run["seconds"] for run in chosen),
+            }
+        )
+    return rows
+
+
+def tokens_to_reach(curve: list[tuple[int, float]], nelbo: float) -> float | None:
+    """Tokens after which a curve is at `nelbo` or below, between two points by a straight line; `None` if never."""
+    for (tokens, above), (later, below) in zip(curve, curve[1:], strict=False):
+        if below <= nelbo:
+            share = (above - nelbo) / (above - below) if above > nelbo else 0.0
+            return tokens + share * (later - tokens)
+    return None
+
+
+def show(rows: list[dict[str, Any]], parent: float) -> None:
+    """Prints the table in Markdown."""
+    plain = next((row for row in rows if row["arm"] == ARMS[0].name), None)
+    print("\n| arm | learning rate | NELBO before | after | ± over seeds | tokens to plain MDLM's end | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        reach = tokens_to_reach(row["curve"], plain["after"]) if plain else None
+        share = "–" if reach is None else f"{reach / row['curve'][-1][0]:.0%}"
+        print(
+            f"| {row['arm']} | {row['learning_rate']:g} | {row['before']:.3f} | {row['after']:.3f} | "
+            f"{row['spread']:.3f} ({row['seeds']}) | {share} | {row['seconds']:.0f} |"
+        )
+    print(f"\nThe parent's NLL on the same text: {parent:.3f}.")
+
+
+def draw(rows: list[dict[str, Any]], parent: float, path: Path) -> None:
+    """NELBO against tokens, MDLM and its additions on the left, blocks on the right."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "a2d_hf"  # the same numbers give the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, constrained_layout=True)
+    halves = (("whole canvas", False), ("blocks", True))
+    for axis, (title, blocks) in zip(axes, halves, strict=True):
+        for row in (row for row in rows if row["arm"].startswith("BD3LM") == blocks):
+            tokens = [t / 1e6 for t, _ in row["curve"]]
+            axis.plot(tokens, [n for _, n in row["curve"]], label=f"{row['arm']}: {row['after']:.2f}")
+            axis.errorbar(tokens[-1], row["after"], yerr=row["spread"], color=axis.lines[-1].get_color(), capsize=2)
+        axis.axhline(parent, color="black", linestyle=":", label=f"the AR parent's NLL: {parent:.2f}")
+        axis.set(title=title, xlabel="million tokens trained for")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("held-out NELBO, nats per token")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", help="folder of an autoregressive checkpoint")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tokens", type=int, default=524_288, help="trained for in every run")
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--held-out-tokens", type=int, default=8192)
+    parser.add_argument("--points", type=int, default=4, help="measurements along a run")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="default: all of them")
+    parser.add_argument("--json", type=Path, required=True, help="where the numbers are, and are kept")
+    parser.add_argument("--figure", type=Path, help="SVG to draw (needs matplotlib)")
+    parser.add_argument("--show", action="store_true", help="only table and figure of what is there")
+    args = parser.parse_args()
+
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    budget = Budget(args.tokens, args.max_length, args.batch_size, args.points)
+    facts = {
+        "source": Path(args.source).name,
+        "data": Path(args.data).name,
+        "budget": vars(budget) | {"held_out_tokens": args.held_out_tokens},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": platform.processor() or platform.machine(),
+        "parent_nll": parent_nll(args, AutoTokenizer.from_pretrained(args.source)),
+    }
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    results = Results(args.json, facts)
+    arms = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
+    # The first seed of every arm at every rate, then the other seeds at the best: an early stop leaves a whole table.
+    cells = [(arm, rate, args.seeds[0]) for arm in arms for rate in args.learning_rates]
+    total = len(cells) + len(arms) * (len(args.seeds) - 1)
+    done = 0
+
+    def measure(arm: Arm, rate: float, seed: int) -> None:
+        nonlocal done
+        done += 1
+        run = results.find(arm.name, rate, seed)
+        if run is None:
+            found = one_run(arm, args, budget, rate, seed)
+            run = results.add(arm=arm.name, learning_rate=rate, seed=seed, **found)
+        before = run["curve"][0][1]
+        print(f"{done}/{total}  {arm.name}, {rate:g}, seed {seed}: {before:.3f} to {final(run):.3f}", flush=True)
+
+    if not args.show:
+        for cell in cells:
+            measure(*cell)
+        best = {row["arm"]: row["learning_rate"] for row in summary(results, arms)}
+        for seed in args.seeds[1:]:
+            for arm in arms:
+                measure(arm, best[arm.name], seed)
+    rows = summary(results, arms)
+    show(rows, facts["parent_nll"]["nats_per_token"])
+    if args.figure is not None:
+        draw(rows, facts["parent_nll"]["nats_per_token"], args.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
