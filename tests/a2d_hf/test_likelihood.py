@@ -21,6 +21,7 @@ KINDS = {
     "blocks-of-2-shift": {"objective": "bd3lm", "block_size": 2, "token_shift": True},
     "blocks-of-3": {"objective": "bd3lm", "block_size": 3},
     "blocks-of-1": {"objective": "bd3lm", "block_size": 1},
+    "causal-context": {"objective": "bd3lm", "block_size": 2, "clean_context": "causal"},
 }
 
 
@@ -37,6 +38,8 @@ def log_prob(model, ids: list[int], hidden: set[int], place: int) -> float:
     if model.config.objective == "bd3lm":
         size = model.config.block_size
         row, pattern = row[: (place // size + 1) * size], AttentionPattern.block_causal(size)
+    if model.config.clean_context == "causal":
+        row, pattern = row + list(ids[: len(row)]), AttentionPattern.bd3lm(size, clean_context="causal")
     logits = model(torch.tensor([row]), attention_pattern=pattern).logits[0, place].double()
     return float(logits[:MASK].log_softmax(-1)[ids[place]])
 
