@@ -146,9 +146,9 @@ def denoising_grid(denoising: Denoising) -> Markup:
         )
     parts.append(Markup('<text x="{}" y="{}">positions in the text →   passes ↓</text>').format(left, height - 8))
     alt = f"{columns} positions filled in {rows} steps, one column per position"
-    return Markup('<svg class="cells" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, alt, Markup("\n").join(parts)
-    )
+    # A few positions are not blown up to the width of the page.
+    svg = '<svg class="cells" style="max-width: {}px" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+    return Markup(svg).format(2 * width, width, height, alt, Markup("\n").join(parts))
 
 
 def denoising_legend() -> Markup:

@@ -25,8 +25,9 @@ class A2DGenerationOutput(ModelOutput):
             Prompt columns as they came in, masks among them filled, then the completions, which all start at column P
             and are filled up with `pad_token_id` where they end.
         tokens_per_forward (`torch.FloatTensor` of shape `(R,)`):
-            Tokens generated, without what was dropped, over the forwards that the row took part in.
-        num_forwards (`int`): every forward pass of the model in the call.
+            Tokens generated, without what was dropped, over the forwards that the row took part in; a step with
+            guidance is two of them.
+        num_forwards (`int`): every forward pass of the model in the call, counted likewise.
         stop_reason (`list[str]`):
             For each row `"eos"`, `"stopping_criteria"`, `"length"` (all of `max_new_tokens`) or, where there were none
             to append, `"filled"`.

@@ -116,6 +116,20 @@ def test_it_agrees_with_a_plain_loop(seed, prompt, depth, add, full):
     assert output.tokens_per_forward[0] == pytest.approx(17 / len(steps))
 
 
+@pytest.mark.parametrize("add", [0.3, 0.7])
+def test_a_block_that_was_given_opens_nothing_behind_it_early(add):
+    # Holes in blocks 0 and 2, block 1 given: block 2 waits for block 0.
+    model = ContextModel(11, seed=1, sharpness=0.3)
+    ids = torch.tensor([[3, 10, 10, 10, 1, 2, 3, 4, 10, 10, 5, 10]])
+    output = run(
+        model, ids, max_new_tokens=0, block_size=4, selector="threshold", threshold=0.5, pipeline_depth=4,
+        block_add_threshold=add, output_history=True,
+    )  # fmt: skip
+    row, steps = reference(model, ids[0].tolist(), 0, 4, 4, add, 0.95, 0.5)
+    assert committed_by_step(output, model.mask) == steps and output.sequences.tolist() == [row]
+    assert max(steps[0]) < 4
+
+
 @pytest.mark.parametrize("selector", ["threshold", "entropy_bound"])
 @pytest.mark.parametrize("steps", [None, 4, 9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
