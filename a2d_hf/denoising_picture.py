@@ -4,7 +4,7 @@ Owns the drawing, given plain lists; knows nothing of models. Writes no file: it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from markupsafe import Markup
@@ -33,6 +33,8 @@ class Denoising:
         steps (`list[int]`): for each position, the forward pass (from 1) at which it got its final token.
         confidence (`list[float]`): for each position, the probability in [0, 1] that the model gave that token then.
         num_steps (`int`): forward passes in all.
+        given (`dict[int, str]`, *optional*): text that was given, by the number of the piece that it stands before;
+            behind the last one it has the number of pieces.
 
     Raises:
         `ValueError`: lists of different lengths, or a step outside 1..num_steps.
@@ -43,6 +45,7 @@ class Denoising:
     steps: list[int]
     confidence: list[float]
     num_steps: int
+    given: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if not len(self.pieces) == len(self.steps) == len(self.confidence):
@@ -89,7 +92,7 @@ def denoising_text(denoising: Denoising, *, name: str) -> Markup:
     Returns:
         `Markup`
     """
-    spans = Markup("").join(
+    spans = [
         Markup('<span class="tok t{}" style="--at:{}" title="{}">{}</span>').format(
             shade_of(step, denoising.num_steps),
             f"{ANIMATION_S * (step - 1) / denoising.num_steps:.2f}",
@@ -97,11 +100,11 @@ def denoising_text(denoising: Denoising, *, name: str) -> Markup:
             piece,
         )
         for piece, step, confidence in zip(denoising.pieces, denoising.steps, denoising.confidence, strict=True)
-    )
+    ]
     return Markup(
         '<div><input class="replay" type="checkbox" id="{name}"><label for="{name}">play again</label>'
         '<div class="sample"><span class="prompt">{prompt}</span>{spans}</div></div>'
-    ).format(name=name, prompt=denoising.prompt, spans=spans)
+    ).format(name=name, prompt=denoising.prompt, spans=between(denoising, spans))
 
 
 def denoising_grid(denoising: Denoising) -> Markup:
@@ -143,9 +146,9 @@ def denoising_grid(denoising: Denoising) -> Markup:
         )
     parts.append(Markup('<text x="{}" y="{}">positions in the text →   passes ↓</text>').format(left, height - 8))
     alt = f"{columns} positions filled in {rows} steps, one column per position"
-    return Markup('<svg class="cells" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, alt, Markup("\n").join(parts)
-    )
+    # A few positions are not blown up to the width of the page.
+    svg = '<svg class="cells" style="max-width: {}px" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+    return Markup(svg).format(2 * width, width, height, alt, Markup("\n").join(parts))
 
 
 def denoising_legend() -> Markup:
@@ -175,10 +178,19 @@ def text_after(denoising: Denoising, step: int) -> str:
 
     A blank keeps its line breaks and shows one `░` for each other character that will stand there.
     """
-    return "".join(
+    shown = [
         piece if filled <= step else "".join("\n" if c == "\n" else "░" for c in piece)
         for piece, filled in zip(denoising.pieces, denoising.steps, strict=True)
-    )
+    ]
+    given = denoising.given
+    return "".join(given.get(number, "") + piece for number, piece in enumerate(shown)) + given.get(len(shown), "")
+
+
+def between(denoising: Denoising, spans: Sequence[Markup]) -> Markup:
+    """The pictures of the pieces in their order, with the given text where it stands."""
+    given = {number: Markup('<span class="prompt">{}</span>').format(text) for number, text in denoising.given.items()}
+    parts = [given.get(number, Markup("")) + span for number, span in enumerate(spans)]
+    return Markup("").join([*parts, given.get(len(spans), Markup(""))])
 
 
 def shade_of(step: int, num_steps: int) -> int:

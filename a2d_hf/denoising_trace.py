@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from . import report
-from .denoising_picture import Denoising, denoising_grid, denoising_legend, shade_of
+from .denoising_picture import Denoising, between, denoising_grid, denoising_legend, shade_of
 
 
 # `--now` is the pass shown: the one whose radio button is checked, or whose cell the pointer is over. A token shows
@@ -56,16 +56,18 @@ def scrubbable(denoising: Denoising, *, name: str) -> Markup:
         )
         for number in passes
     )
-    tokens = Markup("").join(
+    tokens = [
         Markup('<span class="tok t{}" style="--at:{}" title="{}"><span>{}</span></span>').format(
             shade_of(step, count), step, f"pass {step} of {count}, probability {confidence:.2f}", piece
         )
         for piece, step, confidence in zip(denoising.pieces, denoising.steps, denoising.confidence, strict=True)
-    )
+    ]
     return Markup(
         '<style>{rules}</style><div class="scrub" id="{name}">{radios}<div class="strip">{strip}</div>'
         '<div class="sample"><span class="prompt">{prompt}</span>{tokens}</div></div>'
-    ).format(rules=rules, name=name, radios=radios, strip=strip, prompt=denoising.prompt, tokens=tokens)
+    ).format(
+        rules=rules, name=name, radios=radios, strip=strip, prompt=denoising.prompt, tokens=between(denoising, tokens)
+    )
 
 
 def trace_page(denoisings: Sequence[Denoising], model: str) -> str:

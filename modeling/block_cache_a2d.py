@@ -131,7 +131,8 @@ class BlockCache:
             rows_B (`torch.LongTensor` of shape `(B,)`): rows of the canvas; those that are missing never come back.
             tokens_BT (`torch.LongTensor` of shape `(B, T)`): the rows, packed to the left.
             valid_BT (`torch.BoolTensor` of shape `(B, T)`): False at padding.
-            scope_BT (`torch.BoolTensor` of shape `(B, T)`): the positions to score, one block of each row.
+            scope_BT (`torch.BoolTensor` of shape `(B, T)`): the positions to score, in one block of each
+                row or in several.
             pattern (`AttentionPattern`, *optional*): a block-causal pattern; `None` is the model's own.
         """
         self._keep(rows_B)
@@ -140,7 +141,8 @@ class BlockCache:
         # Clean tokens that are not cached yet stand to the right of their columns, the active block to the left of
         # its own: a row's tokens are neighbours, with nothing between.
         start_B = scope_BT.long().argmax(-1) // self.block_size * self.block_size
-        end_B = torch.minimum(start_B + self.block_size, valid_BT.sum(-1))
+        last_B = width - 1 - scope_BT.flip(-1).long().argmax(-1)
+        end_B = torch.minimum((last_B // self.block_size + 1) * self.block_size, valid_BT.sum(-1))
         pending_B = start_B - self.clean_B
         pending, active = int(pending_B.amax()), int((end_B - start_B).amax())
         position_BW = start_B[:, None] + torch.arange(-pending, active, device=device)

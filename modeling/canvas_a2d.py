@@ -25,8 +25,9 @@ class A2DGenerationOutput(ModelOutput):
             Prompt columns as they came in, masks among them filled, then the completions, which all start at column P
             and are filled up with `pad_token_id` where they end.
         tokens_per_forward (`torch.FloatTensor` of shape `(R,)`):
-            Tokens generated, without what was dropped, over the forwards that the row took part in.
-        num_forwards (`int`): every forward pass of the model in the call.
+            Tokens generated, without what was dropped, over the forwards that the row took part in; a step with
+            guidance is two of them.
+        num_forwards (`int`): every forward pass of the model in the call, counted likewise.
         stop_reason (`list[str]`):
             For each row `"eos"`, `"stopping_criteria"`, `"length"` (all of `max_new_tokens`) or, where there were none
             to append, `"filled"`.
@@ -57,6 +58,8 @@ class Canvas:
         steps (`int`, *optional*): forwards per row over all blocks; `None` means one per mask.
         mask_token_id (`int`), eos_token_ids (`list[int]`), pad_token_id (`int`): special tokens.
         remasking (`bool`): whether commits may be taken back until their block is done.
+        more_steps (`bool`): whether `steps` may exceed the number of masks.
+        passes (`int`): forward passes that one step takes: 2 with guidance.
     """
 
     def __init__(
@@ -71,11 +74,14 @@ class Canvas:
         eos_token_ids: list[int],
         pad_token_id: int,
         remasking: bool = False,
+        more_steps: bool = False,
+        passes: int = 1,
     ):
         device = input_ids.device
         rows, prompt_columns = input_ids.shape
         self.input_ids, self.prompt_columns, self.max_new_tokens = input_ids, prompt_columns, max_new_tokens
         self.mask_token_id, self.pad_token_id, self.remasking = mask_token_id, pad_token_id, remasking
+        self.passes = passes
         self.eos_ids = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
 
         # Real tokens first, in their order; then the completion; then padding.
@@ -101,7 +107,7 @@ class Canvas:
 
         self.block_size = block_size if block_size is not None else width
         self.block_1T = self.position_1T // self.block_size
-        self._share_steps(steps)
+        self._share_steps(steps, more_steps)
         self.active_block_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.step_in_block_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.forwards_R = torch.zeros(rows, dtype=torch.long, device=device)
@@ -110,19 +116,27 @@ class Canvas:
         self.stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.update()
 
-    def _share_steps(self, steps: int | None) -> None:
+    def _share_steps(self, steps: int | None, more_steps: bool) -> None:
         """
         Gives each block of each row its forwards: in proportion to its masks, by rounding the running total, so that
-        the shares sum to `steps` unless a block would get none or more than it has masks.
+        the shares sum to `steps` unless a block would get none or, without `more_steps`, more than it has masks.
         """
         blocks = int(self.block_1T.max()) + 1
         masks_RK = torch.zeros((self.tokens_RT.shape[0], blocks), dtype=torch.long, device=self.tokens_RT.device)
         masks_RK.scatter_add_(1, self.block_1T.expand_as(self.tokens_RT), self.generated_RT.long())
         total_R1 = masks_RK.sum(-1, keepdim=True)
-        steps_R1 = total_R1 if steps is None else total_R1.clamp(max=steps)
+        steps_R1 = total_R1 if steps is None else torch.full_like(total_R1, steps)
+        steps_R1 = steps_R1 if more_steps else torch.minimum(steps_R1, total_R1)
         running_RK = (2 * steps_R1 * masks_RK.cumsum(-1) + total_R1) // (2 * total_R1).clamp(min=1)
         share_RK = torch.diff(running_RK, prepend=torch.zeros_like(total_R1), dim=-1)
-        self.masks_RK, self.steps_RK = masks_RK, torch.minimum(share_RK.clamp(min=1), masks_RK)
+        share_RK = share_RK.clamp(min=1)
+        self.masks_RK = masks_RK
+        self.steps_RK = share_RK if more_steps else torch.minimum(share_RK, masks_RK)
+
+    def steps_of(self, block_B: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
+        """The forwards that these rows have for these blocks, `(B,)`, at least 1."""
+        last = self.steps_RK.shape[-1] - 1
+        return self.steps_RK[rows_B, block_B.clamp(max=last)].clamp(min=1)
 
     def _first(self, which_RT: torch.Tensor) -> torch.Tensor:
         """The first True of each row; T where there is none."""
@@ -139,7 +153,8 @@ class Canvas:
         settled_RT = self.completion_RT & ~self.masked_RT
         if self.remasking:
             # What may still be taken back ends nothing.
-            settled_RT = settled_RT & (self.block_1T < self._block_of(self._first(self.masked_RT))[:, None])
+            done_RT = self.block_1T < self._block_of(self._first(self.masked_RT))[:, None]
+            settled_RT = settled_RT & (done_RT | ~self.masked_RT.any(-1, keepdim=True))
         self.eos_R = self._first(settled_RT & torch.isin(self.tokens_RT, self.eos_ids))
         self.end_R = torch.minimum(self.eos_R + 1, self.prompt_R1[:, 0] + self.cut_R).clamp(max=self.length_R)
         self.open_RT = self.masked_RT & (self.position_1T < self.end_R[:, None])
@@ -174,21 +189,21 @@ class Canvas:
         left_R = (self.masked_RT & (self.block_1T == block_R1)).sum(-1)
         return (planned_R - (masks_R - left_R)).clamp(min=1)
 
-    def commit(self, rows: torch.Tensor, chosen_BT, tokens_BT, confidence_BT, scope_BT) -> None:
+    def commit(self, rows: torch.Tensor, chosen_BT, tokens_BT, confidence_BT, again_BT=None) -> None:
         """
-        Writes the chosen tokens; with remasking, masks the rest of the scope again. Counts the forward.
+        Writes the chosen tokens, and masks again what is put back. Counts the forward.
 
         Args:
             rows (`torch.LongTensor` of shape `(B,)`): which rows of the canvas the others speak of.
-            chosen_BT, tokens_BT, confidence_BT, scope_BT (`torch.Tensor` of shape `(B, T)`): the commit.
+            chosen_BT, tokens_BT, confidence_BT (`torch.Tensor` of shape `(B, T)`): the commit.
+            again_BT (`torch.BoolTensor` of shape `(B, T)`, *optional*): what is put back.
         """
         self.tokens_RT[rows] = torch.where(chosen_BT, tokens_BT, self.tokens_RT[rows])
         self.confidence_RT[rows] = torch.where(chosen_BT, confidence_BT, self.confidence_RT[rows])
-        if self.remasking:
-            again_BT = scope_BT & ~chosen_BT
+        if again_BT is not None:
             self.tokens_RT[rows] = self.tokens_RT[rows].masked_fill(again_BT, self.mask_token_id)
             self.confidence_RT[rows] = self.confidence_RT[rows].masked_fill(again_BT, float("nan"))
-        self.forwards_R[rows] += 1
+        self.forwards_R[rows] += self.passes
         self.step_in_block_R[rows] += 1
         self.update()
 

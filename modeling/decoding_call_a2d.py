@@ -13,7 +13,8 @@ import torch
 from transformers.utils import logging
 
 from .configuration_a2d import A2DConfig
-from .generation_config_a2d import SELECTORS, A2DGenerationConfig
+from .decoding_names_a2d import SELECTORS
+from .generation_config_a2d import A2DGenerationConfig
 
 
 logger = logging.get_logger(__name__)
@@ -23,8 +24,6 @@ _AUTOREGRESSIVE_ARGUMENTS = (
     "assistant_model",
     "assistant_tokenizer",
     "custom_generate",
-    "negative_prompt_attention_mask",
-    "negative_prompt_ids",
     "past_key_values",
     "prefix_allowed_tokens_fn",
     "synced_gpus",
@@ -110,6 +109,56 @@ def read_prompts(
     return given, attention_mask
 
 
+def read_negative_prompts(
+    negative_ids: torch.LongTensor | None,
+    negative_mask: torch.Tensor | None,
+    input_ids: torch.LongTensor,
+    max_new_tokens: int,
+    mask_token_id: int,
+    config: A2DGenerationConfig,
+    model_config: A2DConfig,
+) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+    """
+    The negative prompts of a guided call, one for each prompt, and what is real in them.
+
+    Returns:
+        `torch.LongTensor` and `torch.BoolTensor` of shape `(B, N)`; `None` twice where there are none.
+    """
+    if negative_ids is None:
+        if negative_mask is not None:
+            raise ValueError("`negative_prompt_attention_mask` came without `negative_prompt_ids`: pass both.")
+        return None, None
+    if config.guidance_scale is None or config.guidance_scale == 1:
+        raise ValueError("`negative_prompt_ids` do nothing without guidance: set `guidance_scale`, for example to 2.")
+    if config.guidance_keep_tokens:
+        raise ValueError("`guidance_keep_tokens` are about the prompt, which `negative_prompt_ids` replace: pass one.")
+    if bool((input_ids == mask_token_id).any()):
+        raise ValueError(
+            "`negative_prompt_ids` take the place of the whole prompt, which holds masks to fill: leave them out."
+        )
+    shape = tuple(negative_ids.shape)
+    rows = input_ids.shape[0]
+    if len(shape) != 2 or shape[0] not in (1, rows) or shape[1] == 0 or negative_ids.is_floating_point():
+        raise ValueError(
+            f"`negative_prompt_ids` must be token ids of the shape (1, tokens) or ({rows}, tokens), not {shape}."
+        )
+    if negative_mask is None:
+        negative_mask = torch.ones_like(negative_ids)
+    if tuple(negative_mask.shape) != shape:
+        raise ValueError(
+            f"`negative_prompt_attention_mask` must have the shape {shape} of `negative_prompt_ids`, not "
+            f"{tuple(negative_mask.shape)}."
+        )
+    negative_mask = negative_mask.to(device=input_ids.device, dtype=torch.bool)
+    longest, context = int(negative_mask.sum(-1).max()), model_config.max_position_embeddings
+    if context is not None and longest + max_new_tokens > context:
+        raise ValueError(
+            f"`negative_prompt_ids` hold {longest} tokens and {max_new_tokens} are to follow, but the model's context "
+            f"is {context}: shorten one of them."
+        )
+    return negative_ids.to(input_ids.device).long().expand(rows, -1), negative_mask.expand(rows, -1)
+
+
 def count_new_tokens(
     config: A2DGenerationConfig,
     by_caller: set[str],
@@ -165,6 +214,7 @@ def check_idle_parameters(config: A2DGenerationConfig, arguments: Mapping[str, A
     """Refuses arguments of the call that would silently do nothing."""
     sampling = config.sampling_temperature > 0
     by_chance = sampling or config.selector == "random" or callable(config.selector)
+    by_chance = by_chance or config.remasking not in (None, "p2")
     if config.num_return_sequences > 1 and not by_chance:
         raise ValueError(
             f"`num_return_sequences={config.num_return_sequences}` would return the same text each time: set a "
@@ -173,6 +223,18 @@ def check_idle_parameters(config: A2DGenerationConfig, arguments: Mapping[str, A
     for name in ("threshold", "entropy_bound"):
         if name in arguments and config.selector in SELECTORS and config.selector != name:
             raise ValueError(f'`{name}` does nothing with `selector="{config.selector}"`: set `selector="{name}"`.')
+    uses = {
+        "remasking_eta": ("remdm_cap", "remdm_rescale", "remdm_loop"),
+        "remasking_loop": ("remdm_loop",),
+    }
+    for name, rules in uses.items():
+        if arguments.get(name) is not None and config.remasking not in rules:
+            raise ValueError(f'`{name}` does nothing without `remasking="{rules[0]}"`: set it, or leave this out.')
+    for name in ("block_add_threshold", "decoded_token_threshold"):
+        if arguments.get(name) is not None and config.pipeline_depth == 1:
+            raise ValueError(f"`{name}` does nothing with one open block: set `pipeline_depth`, for example to 4.")
+    if arguments.get("guidance_keep_tokens") and config.guidance_scale in (None, 1):
+        raise ValueError("`guidance_keep_tokens` do nothing without guidance: set `guidance_scale`.")
     idle = [f"`{name}`" for name in ("top_k", "top_p", "min_p") if arguments.get(name) is not None and not sampling]
     if idle:
         logger.warning_once(f"Without a `temperature` above 0 the likeliest token is taken: {', '.join(idle)} idle.")

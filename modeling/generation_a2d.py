@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .attention_pattern import AttentionPattern
 from .block_cache_a2d import BlockCache
+from .block_schedule_a2d import BlockSchedule
 from .candidate_tokens_a2d import CandidateTokens
 from .canvas_a2d import A2DGenerationOutput, Canvas
 from .decoding_call_a2d import (
@@ -26,10 +27,15 @@ from .decoding_call_a2d import (
     decoding_parameters,
     mask_token_of,
     pad_token_of,
+    read_negative_prompts,
     read_prompts,
 )
 from .generation_config_a2d import A2DGenerationConfig, set_fields
-from .selectors_a2d import Candidates, choose_commits, make_selector
+from .guidance_a2d import Guidance
+from .pipelined_a2d import PipelinedBlocks
+from .remdm_a2d import ReMDM, ReMDMRates
+from .selectors_a2d import Candidates, make_selector
+from .stream_a2d import CanvasStream
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +67,8 @@ class A2DGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        negative_prompt_ids: torch.LongTensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor | A2DGenerationOutput:
         r"""
@@ -71,7 +79,8 @@ class A2DGenerationMixin:
         1. Paint the canvas: each row's prompt, then `max_new_tokens` masks.
         2. Until no row has an open mask:
             a. Leave finished rows out, and take the masks of each row's active block: the first block with a mask.
-            b. Forward: logits of those positions only.
+               (With `pipeline_depth`, of several.)
+            b. Forward: logits of those positions only; with guidance, those without the prompt beside them.
             c. Logits processors, then a candidate token for each position.
             d. The selector chooses which candidates to commit, row by row, at least one in each.
             e. Commit them; with remasking, put masks back on the rest of the block.
@@ -102,6 +111,9 @@ class A2DGenerationMixin:
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 1 for tokens, 0 for padding, on any side.
             generator (`torch.Generator`, *optional*): source of randomness; `seed` makes one for the call.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings` only.
+            negative_prompt_ids (`torch.LongTensor` of shape `(B, N)` or `(1, N)`, *optional*):
+                What to move away from, with `guidance_scale` above 1; stands in the prompt's place.
+            negative_prompt_attention_mask (`torch.Tensor`, *optional*): 1 for its tokens, 0 for padding.
             kwargs: any field of [`A2DGenerationConfig`].
 
         Returns:
@@ -137,6 +149,12 @@ class A2DGenerationMixin:
         propose = CandidateTokens(config, mask_token_id, logits_processor or LogitsProcessorList())
         select = make_selector(config.selector, threshold=config.threshold, entropy_bound=config.entropy_bound)
 
+        guided = config.guidance_scale is not None and config.guidance_scale != 1
+        negative = read_negative_prompts(
+            negative_prompt_ids, negative_prompt_attention_mask, input_ids, max_new_tokens, mask_token_id, config,
+            self.config,
+        )  # fmt: skip
+
         # 1. Paint the canvas.
         repeats = config.num_return_sequences
         canvas = Canvas(
@@ -149,9 +167,17 @@ class A2DGenerationMixin:
             eos_token_ids=config.eos_token_ids,
             pad_token_id=pad_token_of(config, bool(criteria)),
             remasking=config.remasking is not None,
+            more_steps=config.remasking not in (None, "p2"),
+            passes=2 if guided else 1,
         )
+        schedule = self._block_schedule(config, canvas, generator)
+        guidance = None
+        if guided:
+            twins = [None if part is None else part.repeat_interleave(repeats, dim=0) for part in negative]
+            keep_tokens = config.guidance_keep_tokens or []
+            guidance = Guidance(canvas, config.guidance_scale, keep_tokens, *twins, attention_block=attention_block)
         cache = self._block_cache(config, canvas, pattern, attention_block)
-        stream = _Stream(streamer, canvas)
+        stream = CanvasStream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
 
@@ -159,15 +185,19 @@ class A2DGenerationMixin:
         while bool(canvas.alive_R.any()):
             # 2.a. Leave finished rows out, and take the masks of each row's active block.
             rows = canvas.alive_R.nonzero()[:, 0]
-            scope_BT, tokens_BT = canvas.scope()[rows], canvas.tokens_RT[rows]
+            scope_BT, tokens_BT = schedule.scope()[rows], canvas.tokens_RT[rows]
 
             # 2.b. Forward: logits of those positions only.
-            valid_BT = canvas.valid_RT[rows]
+            asked = (rows, tokens_BT, canvas.valid_RT[rows], scope_BT)
+            if guidance is not None:
+                asked = guidance.doubled(*asked)
             if cache is None:
-                logits_NV = self._logits_of(tokens_BT, valid_BT, scope_BT, pattern, attention_block)
+                logits_NV = self._logits_of(*asked[1:], pattern, attention_block)
             else:
-                logits_NV = cache.logits_of(self, rows, tokens_BT, valid_BT, scope_BT, pattern)
-            num_forwards += 1
+                logits_NV = cache.logits_of(self, *asked, pattern)
+            if guidance is not None:
+                logits_NV = guidance.combined(logits_NV)
+            num_forwards += canvas.passes
 
             # 2.c. Logits processors, then a candidate token for each position.
             row_N, position_N = scope_BT.nonzero(as_tuple=True)
@@ -178,13 +208,15 @@ class A2DGenerationMixin:
             proposed_BT = torch.where(canvas.masked_RT[rows], proposed_BT, tokens_BT)
 
             # 2.d. The selector chooses which candidates to commit.
-            num_commits_B = torch.minimum(canvas.num_commits()[rows], scope_BT.sum(-1))
+            num_commits_B = torch.minimum(schedule.num_commits()[rows], scope_BT.sum(-1))
             candidates = Candidates(scope_BT, proposed_BT, log_probs_NV, num_commits_B, generator)
-            chosen_BT = choose_commits(select, candidates)
+            chosen_BT = schedule.choose(select, candidates, rows)
 
             # 2.e. Commit them; with remasking, put masks back on the rest of the block.
             stream.draft(proposed_BT)
-            canvas.commit(rows, chosen_BT, proposed_BT, candidates.confidence_BL, scope_BT)
+            again_BT = schedule.put_back(candidates, chosen_BT, rows)
+            canvas.commit(rows, chosen_BT, proposed_BT, candidates.confidence_BL, again_BT)
+            schedule.advance()
 
             # 2.f. Stop.
             while criteria and columns_checked < canvas.settled_columns():
@@ -264,6 +296,18 @@ class A2DGenerationMixin:
         changed = attention_block != trained
         return block_size, AttentionPattern.block_causal(attention_block) if changed else None, attention_block
 
+    def _block_schedule(
+        self, config: A2DGenerationConfig, canvas: Canvas, generator: torch.Generator | None
+    ) -> BlockSchedule:
+        """Which positions each forward pass of a call is about."""
+        if canvas.remasking and config.remasking != "p2":
+            rates = ReMDMRates(config.remasking, config.remasking_eta, config.remasking_loop)
+            return ReMDM(canvas, rates, generator)
+        if config.pipeline_depth > 1:
+            thresholds = config.block_add_threshold, config.decoded_token_threshold
+            return PipelinedBlocks(canvas, config.pipeline_depth, *thresholds)
+        return BlockSchedule(canvas)
+
     def _block_cache(
         self,
         config: A2DGenerationConfig,
@@ -277,6 +321,7 @@ class A2DGenerationMixin:
         if pattern is not None and pattern.kind != "block_causal":
             return None
         rows, length = canvas.tokens_RT.shape
+        rows *= canvas.passes
         if rows > 1 and not self._accepts_position_ids:
             return None  # rows would have to stand in the same block all the time
         if self.training and self.is_gradient_checkpointing:
@@ -326,41 +371,3 @@ class A2DGenerationMixin:
             )
         except OSError:
             logger.info("No generation_config.json: decoding defaults come from the model's config.")
-
-
-class _Stream:
-    """Feeds a streamer: prompt, drafts of the active block, finished blocks."""
-
-    def __init__(self, streamer: BaseStreamer | None, canvas: Canvas):
-        self.streamer, self.canvas, self.sent = streamer, canvas, 0
-        if streamer is None:
-            return
-        if canvas.input_ids.shape[0] > 1:
-            raise ValueError("`streamer` takes one row: pass one prompt, with `num_return_sequences=1`.")
-        self.takes_drafts = hasattr(streamer, "put_draft")
-        # Masks in the prompt are only filled later: the whole row follows again, then.
-        self.sent = 0 if bool(canvas.generated_RT[0, : canvas.prompt_R1[0, 0]].any()) else canvas.prompt_columns
-        streamer.put(canvas.input_ids.cpu())
-
-    def draft(self, proposed_BT: torch.Tensor) -> None:
-        """Shows the active block as it would be if every candidate were committed now."""
-        if self.streamer is not None and self.takes_drafts:
-            canvas = self.canvas
-            end = torch.minimum((canvas.active_block_R[0] + 1) * canvas.block_size, canvas.end_R[0])
-            shown_T = (canvas.column_RT[0] >= self.sent) & (canvas.position_1T[0] < end)
-            self.streamer.put_draft(proposed_BT[0, shown_T].cpu())
-
-    def advance(self) -> None:
-        """Hands over the blocks that are done."""
-        if self.streamer is None:
-            return
-        canvas = self.canvas
-        done = int(canvas.active_block_R[0] * canvas.block_size if canvas.alive_R[0] else canvas.end_R[0])
-        ready_T = (canvas.column_RT[0] >= self.sent) & (canvas.position_1T[0] < min(done, int(canvas.end_R[0])))
-        if bool(ready_T.any()):
-            self.streamer.put(canvas.tokens_RT[0, ready_T].cpu())
-            self.sent = int(canvas.column_RT[0, ready_T].max()) + 1
-
-    def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()

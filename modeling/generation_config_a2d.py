@@ -4,18 +4,16 @@ Owns the names, the defaults and the checks of decoding parameters, and how seve
 that a call uses. Knows nothing of models or tensors.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .decoding_names_a2d import check_names, check_rules
+
 
 logger = logging.get_logger(__name__)
-
-SELECTORS = ("confidence", "margin", "entropy", "random", "threshold", "entropy_bound")
-REMASKING = ("p2",)
 
 # What this class adds to `GenerationConfig`.
 DIFFUSION_FIELDS = (
@@ -25,6 +23,12 @@ DIFFUSION_FIELDS = (
     "threshold",
     "entropy_bound",
     "remasking",
+    "remasking_eta",
+    "remasking_loop",
+    "guidance_keep_tokens",
+    "pipeline_depth",
+    "block_add_threshold",
+    "decoded_token_threshold",
     "seed",
     "mask_token_id",
     "output_history",
@@ -39,6 +43,7 @@ SHARED_FIELDS = (
     "top_p",
     "min_p",
     "repetition_penalty",
+    "guidance_scale",
     "suppress_tokens",
     "begin_suppress_tokens",
     "num_return_sequences",
@@ -58,46 +63,6 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LIBRARY_FIELDS = frozenset(vars(GenerationConfig()))
 # Values of the autoregressive fields under which they do nothing: what callers pass out of habit.
 _NEUTRAL = GenerationConfig._get_default_generation_params()
-
-# What other projects call these parameters.
-_PEER_ARGUMENTS = {
-    "alg": "`selector`",
-    "algorithm": "`selector`",
-    "sampler": "`selector`",
-    "gen_length": "`max_new_tokens`",
-    "block_length": "`block_size`",
-    "canvas_length": "`block_size`",
-    "num_steps": "`steps`",
-    "num_inference_steps": "`steps`",
-    "diffusion_steps": "`steps`",
-    "denoising_steps": "`steps`",
-    "max_denoising_steps": "`steps`",
-    "steps_per_block": "`steps`, counted over the whole generation",
-    "confidence_threshold": '`threshold`, with `selector="threshold"`',
-    "gamma": '`entropy_bound`, with `selector="entropy_bound"`',
-    "eb_gamma": '`entropy_bound`, with `selector="entropy_bound"`',
-    "mask_id": "`mask_token_id`",
-    "stochastic_transfer": '`selector="random"`',
-    "return_dict": "`return_dict_in_generate`",
-    "right_shift_logits": "`config.token_shift`; `forward` applies it, so remove the argument",
-}
-_PEER_SELECTORS = {
-    "low_confidence": 'selector="confidence"',
-    "low_confidence_static": 'selector="confidence"',
-    "maskgit_plus": 'selector="confidence"',
-    "topk": 'selector="confidence"',
-    "max_prob": 'selector="confidence"',
-    "topk_margin": 'selector="margin"',
-    "margin_confidence": 'selector="margin"',
-    "neg_entropy": 'selector="entropy"',
-    "origin": 'selector="random"',
-    "ancestral": 'selector="random"',
-    "low_confidence_dynamic": 'selector="threshold"',
-    "confidence_threshold": 'selector="threshold"',
-    "eb": 'selector="entropy_bound"',
-    "eb_sampler": 'selector="entropy_bound"',
-    "p2": 'remasking="p2"',
-}
 
 
 class A2DGenerationConfig(GenerationConfig):
@@ -139,7 +104,23 @@ class A2DGenerationConfig(GenerationConfig):
             For `selector="entropy_bound"`: how many nats of joint dependence one forward may ignore.
         remasking (`str`, *optional*):
             `"p2"` puts masks back on the committed tokens of the block that the model trusts least, and fills them
-            again (https://huggingface.co/papers/2502.03540). By default what is committed stays.
+            again (https://huggingface.co/papers/2502.03540). `"remdm_cap"`, `"remdm_rescale"`, `"remdm_conf"` and
+            `"remdm_loop"` do so at random, at the rates of ReMDM (https://huggingface.co/papers/2503.00307); `steps`
+            may then exceed the number of masks. See remdm_a2d.py. By default what is committed stays.
+        remasking_eta (`float`, *optional*, defaults to 0.02):
+            η of ReMDM: the largest share of committed tokens put back in a step (`"remdm_cap"`, `"remdm_loop"`), or
+            the part of the largest possible share (`"remdm_rescale"`).
+        remasking_loop (`list[float]`, *optional*, defaults to `[0.55, 0.05, 0.9]`):
+            t_on, t_off and α of `"remdm_loop"`: between the times t_on and t_off tokens are put back and filled while
+            the committed share stays at α.
+        pipeline_depth (`int`, *optional*, defaults to 1):
+            How many blocks may be open at once (D2F, https://huggingface.co/papers/2508.09192). 1 finishes one before
+            the next. More need `selector="threshold"`, `"entropy_bound"` or a function. See pipelined_a2d.py.
+        block_add_threshold (`float`, *optional*, defaults to 0.7):
+            With `pipeline_depth`: the share of a block that is committed when the next one opens.
+        decoded_token_threshold (`float`, *optional*, defaults to 0.95):
+            With `pipeline_depth`: the share of a block from which the next one commits a token in every forward;
+            below it, it only commits what its selector is sure of.
 
         > Parameters that control which token a position gets
 
@@ -150,6 +131,11 @@ class A2DGenerationConfig(GenerationConfig):
             Limit what may be sampled, as in [`~transformers.GenerationConfig`]; without effect at temperature 0. They
             and the temperature change the sampled token, not the probability that selectors see.
         repetition_penalty (`float`, *optional*): above 1 makes tokens that stand anywhere in the row less likely.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance: how far to move from the prediction without the prompt, or with
+            `negative_prompt_ids=`, to that with it. 1 is off, 0 ignores the prompt. See guidance_a2d.py.
+        guidance_keep_tokens (`list[int]`, *optional*):
+            Ids that stay where they are in the prompt when guidance masks it, such as those of a chat template.
         suppress_tokens (`list[int]`, *optional*): ids never generated. The mask token never is.
         begin_suppress_tokens (`list[int]`, *optional*):
             Ids never generated at the first position after the prompt, or at the first mask when infilling.
@@ -178,7 +164,7 @@ class A2DGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
-        _check_names(kwargs)
+        check_names(kwargs, _known_names(), [*DIFFUSION_FIELDS, *SHARED_FIELDS])
         for name in DIFFUSION_FIELDS:
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
@@ -193,18 +179,19 @@ class A2DGenerationConfig(GenerationConfig):
             strict (`bool`, *optional*, defaults to `False`): also refuse what cannot be saved.
             user_set_attributes (`set[str]`, *optional*): part of the library's signature; not needed here.
         """
-        for name in ("steps", "block_size", "num_return_sequences", "max_length"):
+        for name in ("steps", "block_size", "num_return_sequences", "max_length", "pipeline_depth"):
             self._check(name, _is_int, lambda v: v >= 1, "a positive integer")
         for name in ("max_new_tokens", "top_k", "seed", "mask_token_id", "bos_token_id"):
             self._check(name, _is_int, lambda v: v >= 0, "an integer of at least 0")
-        for name in ("threshold", "top_p", "min_p"):
+        shares = ("threshold", "top_p", "min_p", "remasking_eta", "block_add_threshold", "decoded_token_threshold")
+        for name in shares:
             self._check(name, _is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        for name in ("temperature", "entropy_bound"):
+        for name in ("temperature", "entropy_bound", "guidance_scale"):
             self._check(name, _is_number, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         self._check("repetition_penalty", _is_number, lambda v: v > 0, "a number above 0")
         for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history"):
             self._check(name, lambda v: isinstance(v, bool), lambda v: True, "a boolean")
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
+        for name in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep_tokens"):
             self._check(name, _is_id_list, lambda v: True, "a list of token ids")
         self._check("eos_token_id", lambda v: _is_int(v) or _is_id_list(v), lambda v: True, "a token id or a list")
         # Trainers and pipelines set negative pad ids for "none"; transformers only warns about them.
@@ -214,8 +201,7 @@ class A2DGenerationConfig(GenerationConfig):
                 "`do_sample=True` needs a `temperature` above 0: raise it, or leave `do_sample` out for the most "
                 "likely tokens."
             )
-        self._check_selector()
-        self._check_remasking()
+        check_rules(self)
         self._check_autoregressive_fields()
         if strict and callable(self.selector):
             raise ValueError("`selector` is a function, which cannot be saved: pass it to the call instead.")
@@ -224,25 +210,6 @@ class A2DGenerationConfig(GenerationConfig):
         value = getattr(self, name)
         if value is not None and not (is_type(value) and is_in_range(value)):
             raise ValueError(f"`{name}` must be {wanted}, not {value!r}.")
-
-    def _check_selector(self) -> None:
-        if self.selector is None or callable(self.selector) or self.selector in SELECTORS:
-            return
-        if self.selector in _PEER_SELECTORS:
-            raise ValueError(f"`selector={self.selector!r}` is called `{_PEER_SELECTORS[self.selector]}` here.")
-        raise ValueError(f"`selector` must be one of {', '.join(SELECTORS)} or a function, not {self.selector!r}.")
-
-    def _check_remasking(self) -> None:
-        if self.remasking is None:
-            return
-        if self.remasking not in REMASKING:
-            if self.remasking in SELECTORS or self.remasking in _PEER_SELECTORS:
-                # dLLM and LLaDA call the choice of positions "remasking"; nothing is put back there.
-                ours = _PEER_SELECTORS.get(self.remasking, f'selector="{self.remasking}"')
-                raise ValueError(f"`remasking={self.remasking!r}` is called `{ours}` here.")
-            raise ValueError(f"`remasking` must be None or one of {', '.join(REMASKING)}, not {self.remasking!r}.")
-        if self.selector not in (None, "confidence"):
-            raise ValueError('`remasking="p2"` ranks by confidence: use it with `selector="confidence"`.')
 
     def _check_autoregressive_fields(self) -> None:
         for name in _LIBRARY_FIELDS.difference(SHARED_FIELDS):
@@ -264,6 +231,11 @@ class A2DGenerationConfig(GenerationConfig):
             "selector": "confidence",
             "threshold": 0.9,
             "entropy_bound": 0.1,
+            "remasking_eta": 0.02,
+            "remasking_loop": [0.55, 0.05, 0.9],
+            "pipeline_depth": 1,
+            "block_add_threshold": 0.7,
+            "decoded_token_threshold": 0.95,
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
             "output_history": False,
@@ -371,21 +343,6 @@ def set_fields(config: GenerationConfig) -> dict[str, Any]:
 
 def _known_names() -> set[str]:
     return {*_LIBRARY_FIELDS, *DIFFUSION_FIELDS, "_commit_hash"}
-
-
-def _check_names(kwargs: Mapping[str, Any]) -> None:
-    for name, value in kwargs.items():
-        if name in _known_names():
-            continue
-        if name in _PEER_ARGUMENTS:
-            if name in ("alg", "algorithm", "sampler") and value in _PEER_SELECTORS:
-                raise ValueError(f"`{name}={value!r}` is called `{_PEER_SELECTORS[value]}` here.")
-            raise ValueError(f"`{name}` is called {_PEER_ARGUMENTS[name]} here.")
-        close = difflib.get_close_matches(name, [*DIFFUSION_FIELDS, *SHARED_FIELDS], n=1)
-        hint = (
-            f"did you mean `{close[0]}`?" if close else f"known are {', '.join([*DIFFUSION_FIELDS, *SHARED_FIELDS])}."
-        )
-        raise ValueError(f"Unknown decoding parameter `{name}`; {hint}")
 
 
 def _is_int(value: Any) -> bool:

@@ -26,7 +26,8 @@ class Candidates:
         tokens_BL (`torch.LongTensor` of shape `(B, L)`): the token that each of them would get.
         log_probs_NV (`torch.FloatTensor` of shape `(N, V)`): log-probabilities at these positions, in row-major order.
         num_commits_B (`torch.LongTensor` of shape `(B,)`): how many positions `steps` asks each row to commit now; at
-            least 1 in a row that has candidates, never more than it has. The adaptive rules may commit more.
+            least 1 in a row that has candidates, never more than it has. The adaptive rules may commit more. 0 in a
+            block of a pipeline that is not fully active: it need not commit any.
         generator (`torch.Generator`, *optional*): where random rules draw from.
     """
 
@@ -123,13 +124,14 @@ def by_entropy_bound(candidates: Candidates, bound: float) -> torch.Tensor:
     """
     The largest k for which sum(H_1..H_k) - max(H_1..H_k) <= `bound`, positions in rising order of entropy H: a limit
     on the dependence among tokens that are committed together (EB-Sampler, https://huggingface.co/papers/2505.24857).
-    Never fewer than `steps` asks for.
+    Never fewer than `steps` asks for; where it asks for none, the first is not free but must be within the bound too.
     """
     entropy_BL, order_BL = candidates.entropy_BL.sort(dim=-1, stable=True)
     # In rising order the largest of the first k is the k-th, so the left side is the sum of those before it. It never
     # falls: what is within the bound is a prefix.
     before_BL = torch.nn.functional.pad(entropy_BL[:, :-1].cumsum(-1), (1, 0))
-    chosen_BL = torch.zeros_like(candidates.mask_BL).scatter_(-1, order_BL, before_BL <= bound)
+    within_BL = (before_BL <= bound) & ((candidates.num_commits_B[:, None] > 0) | (entropy_BL <= bound))
+    chosen_BL = torch.zeros_like(candidates.mask_BL).scatter_(-1, order_BL, within_BL)
     return (candidates.mask_BL & chosen_BL) | by_entropy(candidates)
 
 
@@ -150,8 +152,8 @@ def make_selector(selector: str | Selector, *, threshold: float, entropy_bound: 
 def choose_commits(selector: Selector, candidates: Candidates) -> torch.Tensor:
     """
     Runs a selector and holds it to its contract: booleans of the right shape, candidates only, and at least one in
-    every row that has any (its most probable one, where the selector takes none), so that no forward is wasted and
-    decoding ends.
+    every row that is asked for any (its most probable one, where the selector takes none), so that no forward is
+    wasted and decoding ends.
 
     Args:
         selector (`Callable`): the rule.
@@ -170,7 +172,7 @@ def choose_commits(selector: Selector, candidates: Candidates) -> torch.Tensor:
         )
         raise ValueError(f"`selector` must return a boolean tensor of shape {shape}, not {found}.")
     chosen_BL = chosen_BL & candidates.mask_BL
-    idle_B = candidates.mask_BL.any(-1) & ~chosen_BL.any(-1)
+    idle_B = candidates.mask_BL.any(-1) & ~chosen_BL.any(-1) & (candidates.num_commits_B > 0)
     return chosen_BL | top_scores(candidates.confidence_BL, candidates.mask_BL, idle_B.long())
 
 

@@ -47,6 +47,9 @@ def sample_counts(samples: int, **kwargs) -> torch.Tensor:
     [
         {"selector": "random"},
         {"selector": "confidence"},
+        {"selector": "threshold", "threshold": 1.0},
+        {"selector": "margin"},
+        {"selector": "entropy"},
         {"selector": "random", "block_size": 1},
         {"selector": "entropy_bound", "entropy_bound": 0.0},
     ],
@@ -56,7 +59,7 @@ def test_one_token_per_forward_samples_the_joint_distribution(kwargs):
     # Any order is exact that does not look at the drawn tokens: random, left to right, by entropy.
     counts = sample_counts(6000, **kwargs)
     statistic = chi_square(counts, random_joint(3, 3).flatten())
-    if kwargs["selector"] == "confidence":
+    if kwargs["selector"] in ("confidence", "threshold"):
         assert statistic > 54.05, "committing the surest drawn tokens first is biased, and this test must see it"
     else:
         assert statistic < 54.05
