@@ -17,18 +17,18 @@ Two CPU cores, a few steps, on a folder with your own .jsonl files (one {"text":
         --max_steps 5 --per_device_train_batch_size 2 --max_length 128
 """
 
-from datasets import load_dataset
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     TrlParser,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
 from a2d_hf import MDLMConfig, MDLMTrainer
+from a2d_hf.data_mixture import load_training_data
+from a2d_hf.recipe_main import run_recipe
 
 
 def main(
@@ -42,17 +42,12 @@ def main(
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
-    else:
-        dataset = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+    data = load_training_data(script_args, dataset_args, training_args.seed)
     trainer = MDLMTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[script_args.dataset_train_split],
-        eval_dataset=dataset[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None,
+        train_dataset=data.train,
+        eval_dataset=data.test if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -70,4 +65,4 @@ def make_parser() -> TrlParser:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    raise SystemExit(run_recipe(main, make_parser()))
