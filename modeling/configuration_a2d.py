@@ -38,6 +38,8 @@ class A2DConfig(PreTrainedConfig):
         sliding_window (`str`, *optional*, defaults to `"keep"`):
             What happens to the parent's sliding or chunked windows when attention opens: `"keep"` makes them
             symmetric with the same size, `"open"` removes them.
+        parent_vocab_size (`int`, *optional*):
+            Embedding rows of the parent, where the conversion added some. Its causal mode is read from these alone.
     """
 
     model_type = "a2d"
@@ -53,6 +55,7 @@ class A2DConfig(PreTrainedConfig):
         token_shift: bool = False,
         clean_context: str = "block",
         sliding_window: str = "keep",
+        parent_vocab_size: int | None = None,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -82,6 +85,7 @@ class A2DConfig(PreTrainedConfig):
         self.token_shift = token_shift
         self.clean_context = clean_context
         self.sliding_window = sliding_window
+        self.parent_vocab_size = parent_vocab_size
         # Derived from the parent: a stale copy in config.json must not win over `text_config`.
         for derived in ("vocab_size", "tie_word_embeddings"):
             kwargs.pop(derived, None)

@@ -195,6 +195,8 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
             raise ValueError("Pass the parent's `tokenizer`, or a `mask_token_id` that no text uses.")
         self.mask_token = prepare_mask_rows(self, choice)
         self.config.mask_token_id = choice.id
+        if choice.rows_after != choice.rows_before:
+            self.config.parent_vocab_size = choice.rows_before
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -1,0 +1,143 @@
+"""The command `a2d-lm-eval`: lm-evaluation-harness with the model `a2d` in it, and with clear words for bad input.
+
+Owns what has to happen before the harness starts: the model's name is registered beside the built-in ones, task names
+are checked, and the cache of answers gets a name of its own for each model and each way to score. Everything else is
+the harness' own command line.
+"""
+
+import argparse
+import difflib
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .console import Console
+from .errors import A2DError, BadInput
+
+
+MODEL = "a2d"
+TARGET = "a2d_hf.lm_eval_model:A2DLM"
+# What decides an answer besides the request itself, by the names of the harness.
+ANSWERING = ("model", "model_args", "config", "apply_chat_template", "system_instruction")
+NAMED_AT_MOST = 3
+
+
+def register() -> None:
+    """Makes `a2d` a model of the harness; the built-in ones stay."""
+    import lm_eval.models  # noqa: F401  registers the built-in models, which the harness does only where none is there
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target=TARGET)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the harness.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments; `sys.argv[1:]` by default.
+
+    Returns:
+        `int`: 0 done, 1 failed, 2 bad input.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    try:
+        import lm_eval
+    except ImportError:
+        console.error('a2d-lm-eval needs lm-evaluation-harness: run `pip install "a2d_hf[lm_eval]"`.')
+        return 2
+    del lm_eval
+    try:
+        register()
+        known = _known(argv)
+        check_tasks(known)
+        sys.argv = ["a2d-lm-eval", *with_own_cache(argv, known)]
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except A2DError as error:
+        console.error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.error("interrupted; with --use_cache PATH a second run goes on from the answers that are there.")
+        return 130
+    return 0
+
+
+def _known(argv: Sequence[str]) -> argparse.Namespace:
+    """What this module needs to know of the harness' arguments; the harness checks them all."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", "-t", nargs="+")
+    parser.add_argument("--include_path")
+    parser.add_argument("--use_cache", "-c")
+    parser.add_argument("--model", "-M")
+    parser.add_argument("--model_args", "-a", nargs="+")
+    parser.add_argument("--config", "-C")
+    parser.add_argument("--apply_chat_template", nargs="?", const=True)
+    parser.add_argument("--system_instruction")
+    return parser.parse_known_args(list(argv))[0]
+
+
+def check_tasks(known: argparse.Namespace) -> None:
+    """Raises [`BadInput`] for a task that the harness does not have, with the nearest names that it has."""
+    if known.include_path is not None and not Path(known.include_path).is_dir():
+        raise BadInput(f"--include_path {known.include_path} is not a folder.")
+    asked = [name for word in known.tasks or [] for name in word.split(",") if name]
+    if not asked:
+        return
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=known.include_path)
+    for name in asked:
+        if name.endswith((".yaml", ".yml")) or manager.match_tasks([name]):
+            continue
+        near = difflib.get_close_matches(name, manager.all_tasks, n=NAMED_AT_MOST, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else "`a2d-lm-eval ls tasks` lists them"
+        raise BadInput(f"--tasks {name} is not a task: {hint}.")
+
+
+def with_own_cache(argv: Sequence[str], known: argparse.Namespace) -> list[str]:
+    """
+    The arguments, the name of `--use_cache` followed by a hash of everything that decides an answer.
+
+    The harness looks answers up by the request alone: with one file for two models, the second would get the answers
+    of the first.
+    """
+    argv = list(argv)
+    if known.use_cache is None:
+        return argv
+    answering = [f"{name}={vars(known)[name]!r}" for name in ANSWERING]
+    answering += [f"{path}: {fingerprint(path)}" for path in _named_paths(known)]
+    digest = hashlib.sha256("\n".join(answering).encode()).hexdigest()[:16]
+    for index, word in enumerate(argv):
+        for flag in ("--use_cache", "-c"):
+            if word == flag and index + 1 < len(argv):
+                argv[index + 1] = f"{known.use_cache}-{digest}"
+            elif word.startswith(f"{flag}="):
+                argv[index] = f"{flag}={known.use_cache}-{digest}"
+    return argv
+
+
+def _named_paths(known: argparse.Namespace) -> list[str]:
+    """Files and folders that the model's arguments, or the configuration file, name."""
+    words = [word for text in known.model_args or [] for word in text.split(",")]
+    values = [word.split("=", 1)[1] for word in words if "=" in word]
+    return [value for value in [*values, known.config] if value and os.path.exists(value)]
+
+
+def fingerprint(path: str) -> str:
+    """Hash of a file, or of the names, sizes and times of the files of a folder."""
+    place = Path(path)
+    if place.is_file():
+        return hashlib.sha256(place.read_bytes()).hexdigest()
+    files = sorted(file for file in place.iterdir() if file.is_file())
+    facts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
