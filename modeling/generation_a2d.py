@@ -150,7 +150,7 @@ class A2DGenerationMixin:
             pad_token_id=pad_token_of(config, bool(criteria)),
             remasking=config.remasking is not None,
         )
-        cache = self._block_cache(config, canvas, pattern, attention_block)
+        cache = self._block_cache(config, canvas, attention_block)
         stream = _Stream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
@@ -268,13 +268,10 @@ class A2DGenerationMixin:
         self,
         config: A2DGenerationConfig,
         canvas: Canvas,
-        pattern: AttentionPattern | None,
         attention_block: int | None,
     ) -> BlockCache | None:
         """The cache of a call, or `None` where it would not be exact: the text never depends on it."""
         if config.use_cache is False or attention_block is None or not self._caches_blocks:
-            return None
-        if pattern is not None and pattern.kind != "block_causal":
             return None
         rows, length = canvas.tokens_RT.shape
         if rows > 1 and not self._accepts_position_ids:

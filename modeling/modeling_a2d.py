@@ -358,7 +358,9 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
 
     def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
         windows = self.config.sliding_window
-        if pattern.is_causal and layout.document_BK is None:
+        # Rows that stand at different places of one cache: windows would count slots instead of positions.
+        ragged = layout.seen > 0 and layout.valid_BK is not None
+        if pattern.is_causal and layout.document_BK is None and not ragged:
             return None  # the parent's own path, fast kernels and all
         if pattern.is_causal:
             windows = "keep"  # the causal pattern is the parent's, whatever happens to windows when it opens
