@@ -152,11 +152,12 @@ def test_windows_look_back_as_far_as_without_a_cache(family, sliding_window, cle
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "anywhere"])
-@pytest.mark.parametrize("lengths", [(0,), (1,), (3,), (4,), (5,), (0, 3, 4, 5), (1, 3, 4, 5), (8, 8), (12, 1)])
+@pytest.mark.parametrize("lengths", [(0,), (1,), (3,), (4,), (5,), (0, 1, 3, 4, 5), (8, 8), (12, 1)])
 @pytest.mark.parametrize("fields", [{}, CAUSAL], ids=["block", "causal"])
 def test_any_prompt_length_and_padding(lengths, padding, fields, monkeypatch):
     inputs = batch(*lengths, padding=padding)
-    assert_same(block_model(**fields), monkeypatch, inputs, max_new_tokens=11, steps=5, eos_token_id=None)
+    # Learned positions: with rotations alone the masks of an empty prompt are an exact tie, which rounding decides.
+    assert_same(block_model("gpt2", **fields), monkeypatch, inputs, max_new_tokens=11, steps=5, eos_token_id=None)
 
 
 @pytest.mark.parametrize(
