@@ -30,6 +30,7 @@ from .decoding_call_a2d import (
 )
 from .generation_config_a2d import A2DGenerationConfig, set_fields
 from .selectors_a2d import Candidates, choose_commits, make_selector
+from .self_speculation_a2d import DRAFT_SIZE, SelfSpeculation, check_speculation
 
 
 logger = logging.get_logger(__name__)
@@ -127,6 +128,9 @@ class A2DGenerationMixin:
         max_new_tokens = count_new_tokens(config, by_caller, input_ids, attention_mask, self.config)
         check_masks(input_ids, attention_mask, mask_token_id, max_new_tokens, self.config)
         block_size, pattern, attention_block = self._prepare_blocks(config)
+        if config.self_speculation is not None:
+            check_speculation(config, arguments)
+            block_size = block_size or DRAFT_SIZE
         if generator is None and config.seed is not None:
             generator = torch.Generator(device=input_ids.device).manual_seed(config.seed)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -154,6 +158,9 @@ class A2DGenerationMixin:
         stream = _Stream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
+        if config.self_speculation is not None:  # leaves no row alive
+            parts = (self, config, canvas, cache, pattern, attention_block, propose, generator)
+            num_forwards = SelfSpeculation(*parts).run(criteria, stream, history)
 
         # 2. Until no row has an open mask:
         while bool(canvas.alive_R.any()):
@@ -271,14 +278,18 @@ class A2DGenerationMixin:
         attention_block: int | None,
     ) -> BlockCache | None:
         """The cache of a call, or `None` where it would not be exact: the text never depends on it."""
-        if config.use_cache is False or attention_block is None or not self._caches_blocks:
-            return None
         rows, length = canvas.tokens_RT.shape
-        if rows > 1 and not self._accepts_position_ids:
-            return None  # rows would have to stand in the same block all the time
-        if self.training and self.is_gradient_checkpointing:
-            return None  # transformers takes the cache away then
+        if config.use_cache is False or attention_block is None or not self.can_cache(rows):
+            return None
         return BlockCache(rows, length, attention_block, self.config.token_shift, canvas.tokens_RT.device)
+
+    def can_cache(self, rows: int) -> bool:
+        """Whether what a row computes can be read from a cache, `rows` of them at different positions."""
+        if not self._caches_blocks:
+            return False
+        if rows > 1 and not self._accepts_position_ids:
+            return False  # rows would have to stand in the same block all the time
+        return not (self.training and self.is_gradient_checkpointing)  # transformers takes the cache away then
 
     # ------------------------------------------------------------------------------------- what the ecosystem expects
 

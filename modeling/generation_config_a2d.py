@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 SELECTORS = ("confidence", "margin", "entropy", "random", "threshold", "entropy_bound")
 REMASKING = ("p2",)
+SELF_SPECULATION = ("causal", "parent")
 
 # What this class adds to `GenerationConfig`.
 DIFFUSION_FIELDS = (
@@ -25,6 +26,8 @@ DIFFUSION_FIELDS = (
     "threshold",
     "entropy_bound",
     "remasking",
+    "self_speculation",
+    "draft_steps",
     "seed",
     "mask_token_id",
     "output_history",
@@ -141,6 +144,12 @@ class A2DGenerationConfig(GenerationConfig):
             `"p2"` puts masks back on the committed tokens of the block that the model trusts least, and fills them
             again (https://huggingface.co/papers/2502.03540). By default what is committed stays.
 
+        self_speculation (`str`, *optional*):
+            Diffusion only drafts, and a causal pass verifies: the text is that of the checkpoint's own causal mode
+            (`"causal"`) or, with its adapters off, of its parent (`"parent"`), token for token at temperature 0 and
+            in distribution above it. `block_size` bounds a draft; 8 where the checkpoint has no blocks.
+        draft_steps (`int`, *optional*, defaults to 1): forwards per draft of `self_speculation`.
+
         > Parameters that control which token a position gets
 
         temperature (`float`, *optional*):
@@ -193,7 +202,7 @@ class A2DGenerationConfig(GenerationConfig):
             strict (`bool`, *optional*, defaults to `False`): also refuse what cannot be saved.
             user_set_attributes (`set[str]`, *optional*): part of the library's signature; not needed here.
         """
-        for name in ("steps", "block_size", "num_return_sequences", "max_length"):
+        for name in ("steps", "block_size", "draft_steps", "num_return_sequences", "max_length"):
             self._check(name, _is_int, lambda v: v >= 1, "a positive integer")
         for name in ("max_new_tokens", "top_k", "seed", "mask_token_id", "bos_token_id"):
             self._check(name, _is_int, lambda v: v >= 0, "an integer of at least 0")
@@ -216,6 +225,8 @@ class A2DGenerationConfig(GenerationConfig):
             )
         self._check_selector()
         self._check_remasking()
+        one_of = f"None or one of {', '.join(SELF_SPECULATION)}"
+        self._check("self_speculation", lambda v: v in SELF_SPECULATION, lambda v: True, one_of)
         self._check_autoregressive_fields()
         if strict and callable(self.selector):
             raise ValueError("`selector` is a function, which cannot be saved: pass it to the call instead.")
@@ -264,6 +275,7 @@ class A2DGenerationConfig(GenerationConfig):
             "selector": "confidence",
             "threshold": 0.9,
             "entropy_bound": 0.1,
+            "draft_steps": 1,
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
             "output_history": False,
