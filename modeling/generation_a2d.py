@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .approximate_cache_a2d import ApproximateCache
 from .attention_pattern import AttentionPattern
 from .block_cache_a2d import BlockCache
 from .candidate_tokens_a2d import CandidateTokens
@@ -154,7 +155,8 @@ class A2DGenerationMixin:
             pad_token_id=pad_token_of(config, bool(criteria)),
             remasking=config.remasking is not None,
         )
-        cache = self._block_cache(config, canvas, attention_block)
+        approximate = None if config.approximate_cache is None else ApproximateCache(self, config, canvas)
+        cache = approximate or self._block_cache(config, canvas, attention_block)
         stream = _Stream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
@@ -205,6 +207,9 @@ class A2DGenerationMixin:
         # 3. Return the prompts with their completions.
         stream.end()
         output = canvas.output(num_forwards, history)
+        if approximate is not None:
+            output.num_forwards += approximate.extra_forwards
+            output.cache_deviation = approximate.deviation()
         return output if config.return_dict_in_generate else output.sequences
 
     # -------------------------------------------------------------------------------------------------- the forward

@@ -17,6 +17,7 @@ logger = logging.get_logger(__name__)
 SELECTORS = ("confidence", "margin", "entropy", "random", "threshold", "entropy_bound")
 REMASKING = ("p2",)
 SELF_SPECULATION = ("causal", "parent")
+APPROXIMATE_CACHES = ("prefix", "dual")
 
 # What this class adds to `GenerationConfig`.
 DIFFUSION_FIELDS = (
@@ -28,6 +29,8 @@ DIFFUSION_FIELDS = (
     "remasking",
     "self_speculation",
     "draft_steps",
+    "approximate_cache",
+    "output_cache_deviation",
     "seed",
     "mask_token_id",
     "output_history",
@@ -183,6 +186,12 @@ class A2DGenerationConfig(GenerationConfig):
         > Cache
 
         use_cache (`bool`, *optional*, defaults to `True`): run finished BD3LM blocks once; same text.
+        approximate_cache (`str`, *optional*):
+            For MDLM models, faster and NOT the same text: within a block keep what the block's first forward computed
+            for what stands before it (`"prefix"`), or for all but the block itself (`"dual"`).
+        output_cache_deviation (`bool`, *optional*, defaults to `False`):
+            Measure that cache against exact logits at every forward, one more pass each (not counted), and say so in
+            [`A2DGenerationOutput`]`.cache_deviation`.
         cache_implementation, cache_config, max_cache_len, compile_config, disable_compile: accepted, without effect.
     """
 
@@ -211,7 +220,7 @@ class A2DGenerationConfig(GenerationConfig):
         for name in ("temperature", "entropy_bound"):
             self._check(name, _is_number, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         self._check("repetition_penalty", _is_number, lambda v: v > 0, "a number above 0")
-        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history"):
+        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history", "output_cache_deviation"):
             self._check(name, lambda v: isinstance(v, bool), lambda v: True, "a boolean")
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             self._check(name, _is_id_list, lambda v: True, "a list of token ids")
@@ -225,8 +234,8 @@ class A2DGenerationConfig(GenerationConfig):
             )
         self._check_selector()
         self._check_remasking()
-        one_of = f"None or one of {', '.join(SELF_SPECULATION)}"
-        self._check("self_speculation", lambda v: v in SELF_SPECULATION, lambda v: True, one_of)
+        for name, values in (("self_speculation", SELF_SPECULATION), ("approximate_cache", APPROXIMATE_CACHES)):
+            self._check(name, values.__contains__, lambda v: True, f"None or one of {', '.join(values)}")
         self._check_autoregressive_fields()
         if strict and callable(self.selector):
             raise ValueError("`selector` is a function, which cannot be saved: pass it to the call instead.")
@@ -276,6 +285,7 @@ class A2DGenerationConfig(GenerationConfig):
             "threshold": 0.9,
             "entropy_bound": 0.1,
             "draft_steps": 1,
+            "output_cache_deviation": False,
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
             "output_history": False,

@@ -259,8 +259,9 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
                 length `[x_t ; x_0]`.
             attention_mask (`torch.Tensor` of shape `(B, L)` or `(B, K)` with a cache, *optional*): 1 for tokens, 0 for
                 padding, on any side.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): logical positions. By default they count
-                the tokens of each row, document and copy from 0, so that padding moves nothing.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, or `(B, K)` with a cache, *optional*): logical
+                positions. By default they count the tokens of each row, document and copy from 0, so that padding
+                moves nothing.
             document_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): for packed rows: which document each token
                 belongs to. Documents never see each other.
             attention_pattern ([`AttentionPattern`] or `str`, *optional*): `"bidirectional"`, `"causal"`,

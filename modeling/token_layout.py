@@ -67,7 +67,8 @@ class TokenLayout:
             valid_BK = attention_mask.to(device=device, dtype=torch.bool)
             layout.valid_BK = None if bool(valid_BK.all()) else valid_BK
         for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
-            if given is not None and given.shape[-1] != length:
+            with_cached = name == "position_ids" and given is not None and given.shape[-1] == total
+            if given is not None and given.shape[-1] != length and not with_cached:
                 raise ValueError(f"`{name}` must have one entry per token ({length}), not {given.shape[-1]}.")
         if document_ids is not None:
             if seen:
@@ -102,7 +103,7 @@ class TokenLayout:
             self.position_BK = torch.arange(length // copies, device=device).repeat(copies)[None]
         if position_ids is not None:
             given_BL = position_ids.to(device)
-            if self.seen:
+            if self.seen and given_BL.shape[-1] == length:
                 before_BK = self.position_BK
                 if before_BK is None:
                     before_BK = torch.arange(total, device=device)[None]
