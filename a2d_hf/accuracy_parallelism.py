@@ -1,4 +1,4 @@
-"""How much accuracy each token per forward costs: the curve, its area (AUP) and its picture.
+"""How much accuracy each further token per forward costs: the curve, its AUP and its picture.
 
 Owns the arithmetic and the drawing, given plain numbers; knows nothing of models. Writes no file.
 """
@@ -18,7 +18,7 @@ WIDTH, HEIGHT, MARGIN = 420, 280, 56
 
 def aup(points: Points, best: float | None = None) -> float:
     """
-    d3LLM's area under the accuracy-parallelism curve (https://huggingface.co/papers/2601.07568).
+    Accuracy under parallelism (d3LLM, https://huggingface.co/papers/2601.07568): a weighted area under the curve.
 
     Points in rising order of parallelism r, those more than five percentage points below the first left out:
     r_1 y_1 + sum of 1/2 (r_i - r_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})), with W(y) = min(exp(-3 (1 - y / best)), 1).

@@ -78,8 +78,7 @@ class SelfSpeculation:
 
     A forward drafts the rest of the active block; a causal pass over the draft says what the causal mode would have
     written at each of its positions and at the one behind; the row takes the longest prefix that stands, and the
-    causal mode's own next token. Every two forwards write at least one token (the linear form of
-    https://huggingface.co/papers/2512.14067).
+    causal mode's own next token. A draft and its verification write at least one token.
 
     With a causal clean context draft and verification share one cache: what a causal pass keeps is what the next draft
     reads. Else the verifying pass has a cache of its own.
