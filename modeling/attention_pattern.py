@@ -20,7 +20,7 @@ class Place(NamedTuple):
     copy: torch.Tensor | None = None
 
 
-KINDS = ("causal", "bidirectional", "annealed", "block_causal", "bd3lm")
+KINDS = ("causal", "bidirectional", "annealed", "block_causal", "bd3lm", "open_tail")
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class AttentionPattern:
     force, so a pattern never mentions them.
 
     Attributes:
-        kind (`str`): one of `causal`, `bidirectional`, `annealed`, `block_causal`, `bd3lm`.
+        kind (`str`): one of `causal`, `bidirectional`, `annealed`, `block_causal`, `bd3lm`, `open_tail`.
         block_size (`int`, *optional*): tokens per block, for `block_causal` and `bd3lm`.
         alpha (`float`): opened share of future edges in [0, 1], for `annealed`.
         form (`str`): `stochastic` or `log_bias`, for `annealed`.
         seed (`int`): keys the open edges of a stochastic annealing; pass the optimizer step.
         clean_context (`str`): `block` or `causal`, for `bd3lm`: how the clean half attends to itself.
         views (`int`): noisy copies before the clean one, for `bd3lm`.
+        tail (`int`): tokens at the end of a pass that see everything, for `open_tail`.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class AttentionPattern:
     seed: int = 0
     clean_context: str = "block"
     views: int = 1
+    tail: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -62,6 +64,8 @@ class AttentionPattern:
             raise ValueError(f"`clean_context` must be block or causal, not {self.clean_context!r}.")
         if self.views < 1:
             raise ValueError(f"`views` must be at least 1, not {self.views!r}.")
+        if self.tail < 0:
+            raise ValueError(f"`tail` must be at least 0, not {self.tail!r}.")
 
     @classmethod
     def causal(cls) -> "AttentionPattern":
@@ -106,6 +110,14 @@ class AttentionPattern:
                 other.
         """
         return cls("bd3lm", block_size=block_size, clean_context=clean_context, views=views)
+
+    @classmethod
+    def open_tail(cls, tail: int) -> "AttentionPattern":
+        """
+        Causal, but for the last `tail` tokens of the pass, which see each other and all before them: how a BD3LM model
+        with a causal clean context reads finished text and denoises the block behind it in one pass.
+        """
+        return cls("open_tail", tail=tail)
 
     @classmethod
     def named(cls, name: str, block_size: int | None = None) -> "AttentionPattern":
@@ -162,6 +174,8 @@ class AttentionPattern:
         past = k.position <= q.position
         if self.is_causal:
             return past
+        if self.kind == "open_tail":
+            return past | (q.copy == 1)  # nothing stands behind the tail, so that it is hidden from the rest
         if self.is_open or self.future_log_weight is not None:
             return past | True
         if self.kind == "block_causal":

@@ -1,8 +1,8 @@
 """The exact key-value cache of block decoding: finished blocks are computed once, only the active block runs again.
 
 Owns where the keys and values of every row lie, which tokens of a row a forward pass needs, and the mapping between
-canvas and pass. Exact because a block-causal model never lets a finished block see what comes after it. Knows nothing
-of selectors or schedules.
+canvas and pass. Exact because a BD3LM model never lets a finished block see what comes after it, whether it attends
+openly inside or causally (`clean_context`). Knows nothing of selectors or schedules.
 
 One forward per step and none besides: a block is committed in the same pass that denoises its successor for the first
 time (MultiBD), and the prompt is read in the first. Rows may stand in different blocks: a row's slots in the cache are
@@ -110,9 +110,11 @@ class BlockCache:
         self.cache = DynamicCache()
         self.cache.layer_class_to_replicate = functools.partial(BlockCacheLayer, length + block_size)
         self.rows_B = torch.arange(rows, device=device)
-        # How many tokens of each row are cached: whole blocks, in slots 0, 1, 2, ...
+        # How many tokens of each row are cached, in slots 0, 1, 2, ...: whole blocks, unless causal passes add more.
         self.clean_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.opening_BV: torch.Tensor | None = None
+        # Of the last pass: how many slots lay before its own, and the positions that wait for `accept`.
+        self.last_slots, self.unsettled_BW = 0, None
 
     def logits_of(
         self,
@@ -131,24 +133,26 @@ class BlockCache:
             rows_B (`torch.LongTensor` of shape `(B,)`): rows of the canvas; those that are missing never come back.
             tokens_BT (`torch.LongTensor` of shape `(B, T)`): the rows, packed to the left.
             valid_BT (`torch.BoolTensor` of shape `(B, T)`): False at padding.
-            scope_BT (`torch.BoolTensor` of shape `(B, T)`): the positions to score, in one block of each
-                row or in several.
-            pattern (`AttentionPattern`, *optional*): a block-causal pattern; `None` is the model's own.
+            scope_BT (`torch.BoolTensor` of shape `(B, T)`): the positions to score, in one block of each row or in
+                several.
+            pattern (`AttentionPattern`, *optional*): block-causal, or bd3lm with a causal clean context; `None` is
+                the model's own.
         """
         self._keep(rows_B)
-        device, width = tokens_BT.device, tokens_BT.shape[1]
+        device = tokens_BT.device
 
         # Clean tokens that are not cached yet stand to the right of their columns, the active block to the left of
-        # its own: a row's tokens are neighbours, with nothing between.
+        # its own: a row's tokens are neighbours, with nothing between. (Where a causal pass has cached tokens of the
+        # active block already, the block does not look at them: it runs again, openly.)
         start_B = scope_BT.long().argmax(-1) // self.block_size * self.block_size
-        last_B = width - 1 - scope_BT.flip(-1).long().argmax(-1)
+        last_B = tokens_BT.shape[1] - 1 - scope_BT.flip(-1).long().argmax(-1)
         end_B = torch.minimum((last_B // self.block_size + 1) * self.block_size, valid_BT.sum(-1))
-        pending_B = start_B - self.clean_B
+        before_B = torch.minimum(self.clean_B, start_B)
+        pending_B = start_B - before_B
         pending, active = int(pending_B.amax()), int((end_B - start_B).amax())
         position_BW = start_B[:, None] + torch.arange(-pending, active, device=device)
-        real_BW = (position_BW >= self.clean_B[:, None]) & (position_BW < end_B[:, None])
-        position_BW = position_BW.clamp(0, width - 1)
-        asked_BW = scope_BT.gather(1, position_BW) & real_BW
+        real_BW = (position_BW >= before_B[:, None]) & (position_BW < end_B[:, None])
+        asked_BW = scope_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1)) & real_BW
 
         # Under token shift a block's first token is scored by the last hidden state of the block before, which is
         # in the pass that commits that one, and does not change afterwards: its logits are kept.
@@ -156,23 +160,77 @@ class BlockCache:
         to_score_BW = asked_BW.clone()
         to_score_BW[:, pending] &= ~known_B
 
-        slots = self.cache.get_seq_length()
-        cached_BS = torch.arange(slots, device=device) < self.clean_B[:, None]
+        if pattern is not None and pattern.kind == "bd3lm":
+            # Without the doubled sequence of training: finished text is clean and causal, the block behind it open.
+            pattern = AttentionPattern.open_tail(active) if pending else AttentionPattern.bidirectional()
+        logits_MV = self._pass(model, tokens_BT, position_BW, real_BW, before_B, to_score_BW, pattern)
+        self._settle(position_BW[:, :pending], start_B)
+        return self._with_known(logits_MV, asked_BW, to_score_BW, pending) if self.token_shift else logits_MV
+
+    def causal_logits_of(
+        self,
+        model: "A2DGenerationMixin",
+        rows_B: torch.LongTensor,
+        tokens_BT: torch.LongTensor,
+        first_B: torch.LongTensor,
+        end_B: torch.LongTensor,
+    ) -> torch.Tensor:
+        """
+        What the causal mode says of the tokens in `[first, end]` of each row, from one pass over those before `end`
+        that are not cached. [`~BlockCache.accept`] must follow.
+
+        Args:
+            model ([`A2DForMaskedDiffusion`]): the model.
+            rows_B (`torch.LongTensor` of shape `(B,)`): rows of the canvas; those that are missing never come back.
+            tokens_BT (`torch.LongTensor` of shape `(B, T)`): the rows, packed to the left.
+            first_B (`torch.LongTensor` of shape `(B,)`): the first position to predict, at least 1.
+            end_B (`torch.LongTensor` of shape `(B,)`): the last one; its token is not looked at.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, V)`: end - first + 1 predictions for each row, in row-major order.
+        """
+        self._keep(rows_B)
+        before_B = torch.minimum(self.clean_B, first_B - 1)
+        width = int((end_B - before_B).amax())
+        position_BW = before_B[:, None] + torch.arange(width, device=tokens_BT.device)
+        real_BW = position_BW < end_B[:, None]
+        asked_BW = real_BW & (position_BW >= first_B[:, None] - 1)
+        self.unsettled_BW = position_BW
+        causal = AttentionPattern.causal()
+        return self._pass(model, tokens_BT, position_BW, real_BW, before_B, asked_BW, causal)
+
+    def accept(self, clean_B: torch.LongTensor) -> None:
+        """Keeps, of the causal pass just made, the tokens before position `clean_B` of each row."""
+        self._settle(self.unsettled_BW, clean_B)
+
+    def _pass(
+        self,
+        model: "A2DGenerationMixin",
+        tokens_BT: torch.LongTensor,
+        position_BW: torch.LongTensor,
+        real_BW: torch.Tensor,
+        before_B: torch.LongTensor,
+        asked_BW: torch.Tensor,
+        pattern: AttentionPattern | None,
+    ) -> torch.Tensor:
+        """Runs the tokens at these positions behind the first `before_B` cached ones; their keys go into new slots."""
+        slots, width = self.cache.get_seq_length(), position_BW.shape[1]
+        cached_BS = torch.arange(slots, device=tokens_BT.device) < before_B[:, None]
         visible_BK = torch.cat([cached_BS, real_BW], dim=-1)
         outputs = model(
-            input_ids=tokens_BT.gather(1, position_BW),
+            input_ids=tokens_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1)),
             attention_mask=None if bool(visible_BK.all()) else visible_BK.long(),
             attention_pattern=pattern,
-            logits_mask=to_score_BW,
+            logits_mask=asked_BW,
             past_key_values=self.cache,
             use_cache=True,
         )
-        if self.cache.get_seq_length() != slots + pending + active:
+        if self.cache.get_seq_length() != slots + width:
             raise RuntimeError(
                 f"{type(model).__name__} did not write to the cache it was given: pass `use_cache=False`."
             )
-        self._commit(start_B, pending, active)
-        return self._with_known(outputs.logits, asked_BW, to_score_BW, pending) if self.token_shift else outputs.logits
+        self.last_slots = slots
+        return outputs.logits
 
     def _keep(self, rows_B: torch.Tensor) -> None:
         """Drops the rows that have finished."""
@@ -185,19 +243,21 @@ class BlockCache:
         for layer in self.cache.layers:
             layer.batch_select_indices(kept_B)
 
-    def _commit(self, start_B: torch.Tensor, pending: int, active: int) -> None:
-        """Takes the active block back, and puts the clean tokens of each row into the slots of their positions."""
-        slots = self.cache.get_seq_length() - pending - active
-        target_BP = start_B[:, None] + torch.arange(-pending, 0, device=start_B.device)
-        source_P = torch.arange(slots, slots + pending, device=start_B.device)
-        move_BP = (target_BP >= self.clean_B[:, None]) & (target_BP != source_P)
-        row_M, column_M = move_BP.nonzero(as_tuple=True)
-        surplus = slots + pending + active - int(start_B.amax().clamp(min=slots))
+    def _settle(self, position_BP: torch.LongTensor, clean_B: torch.LongTensor) -> None:
+        """
+        Ends a pass: the first P of its columns go into the slots of their positions, as far as they lie before
+        `clean_B` and are new; everything else of the pass is taken back.
+        """
+        slots, columns = self.last_slots, position_BP.shape[1]
+        source_P = torch.arange(slots, slots + columns, device=position_BP.device)
+        new_BP = (position_BP >= self.clean_B[:, None]) & (position_BP < clean_B[:, None])
+        row_M, column_M = (new_BP & (position_BP != source_P)).nonzero(as_tuple=True)
+        self.clean_B = torch.maximum(self.clean_B, clean_B)
+        surplus = self.cache.get_seq_length() - int(self.clean_B.amax().clamp(min=slots))
         for layer in self.cache.layers:
             if row_M.numel():
-                layer.move(row_M, source_P[column_M], target_BP[move_BP])
+                layer.move(row_M, source_P[column_M], position_BP[row_M, column_M])
             layer.crop(-surplus)
-        self.clean_B = start_B
 
     def _with_known(
         self, logits_MV: torch.Tensor, asked_BW: torch.Tensor, scored_BW: torch.Tensor, pending: int

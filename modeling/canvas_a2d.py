@@ -36,6 +36,8 @@ class A2DGenerationOutput(ModelOutput):
         history (`list[torch.LongTensor]`, *optional*):
             With `output_history=True`: the sequences before the first and after each forward, open positions holding
             the mask token, `(R, P + max_new_tokens)` each.
+        cache_deviation (`dict[str, float]`, *optional*):
+            With `output_cache_deviation=True`: how far the logits of an approximate cache were from exact ones.
     """
 
     sequences: torch.LongTensor
@@ -44,6 +46,7 @@ class A2DGenerationOutput(ModelOutput):
     stop_reason: list[str] | None = None
     confidences: torch.FloatTensor | None = None
     history: list[torch.LongTensor] | None = None
+    cache_deviation: dict[str, float] | None = None
 
 
 class Canvas:

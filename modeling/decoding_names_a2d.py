@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 SELECTORS = ("confidence", "margin", "entropy", "random", "threshold", "entropy_bound")
 REMASKING = ("p2", "remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop")
 ADAPTIVE_SELECTORS = ("threshold", "entropy_bound")
+SELF_SPECULATION = ("causal", "parent")
+APPROXIMATE_CACHES = ("prefix", "dual")
 
 # What other projects call these parameters.
 PEER_ARGUMENTS = {
@@ -93,6 +95,11 @@ def check_rules(config: "A2DGenerationConfig") -> None:
             f"`pipeline_depth={config.pipeline_depth}` needs a selector that may commit nothing in a block it is not "
             'sure of: set `selector="threshold"` or `"entropy_bound"`.'
         )
+    for name, values in (("self_speculation", SELF_SPECULATION), ("approximate_cache", APPROXIMATE_CACHES)):
+        value = vars(config)[name]
+        if value is not None and value not in values:
+            raise ValueError(f"`{name}` must be None or one of {', '.join(values)}, not {value!r}.")
+    _check_alone(config, deep)
     loop = config.remasking_loop
     if loop is not None and not (
         isinstance(loop, list | tuple)
@@ -104,6 +111,21 @@ def check_rules(config: "A2DGenerationConfig") -> None:
         raise ValueError(
             f"`remasking_loop` must be [t_on, t_off, alpha] with 0 < t_off < t_on < 1 and 0 < alpha < 1, not {loop!r}."
         )
+
+
+def _check_alone(config: "A2DGenerationConfig", deep: bool) -> None:
+    """Verification and the approximate caches are defined for the plain loop, one block after the other."""
+    beside = {
+        "remasking": config.remasking is not None,
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "pipeline_depth": deep,
+    }
+    for name in ("self_speculation", "approximate_cache"):
+        if vars(config)[name] is not None:
+            for other, on in beside.items():
+                if on:
+                    raise ValueError(f"`{name}` does not go together with `{other}`: leave one of them out.")
+            beside[name] = True
 
 
 def _check_selector(selector: Any) -> None:

@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .approximate_cache_a2d import ApproximateCache
 from .attention_pattern import AttentionPattern
 from .block_cache_a2d import BlockCache
 from .block_schedule_a2d import BlockSchedule
@@ -35,6 +36,7 @@ from .guidance_a2d import Guidance
 from .pipelined_a2d import PipelinedBlocks
 from .remdm_a2d import ReMDM, ReMDMRates
 from .selectors_a2d import Candidates, make_selector
+from .self_speculation_a2d import DRAFT_SIZE, SelfSpeculation, check_speculation
 from .stream_a2d import CanvasStream
 
 
@@ -139,6 +141,9 @@ class A2DGenerationMixin:
         max_new_tokens = count_new_tokens(config, by_caller, input_ids, attention_mask, self.config)
         check_masks(input_ids, attention_mask, mask_token_id, max_new_tokens, self.config)
         block_size, pattern, attention_block = self._prepare_blocks(config)
+        if config.self_speculation is not None:
+            check_speculation(config, arguments)
+            block_size = block_size or DRAFT_SIZE
         if generator is None and config.seed is not None:
             generator = torch.Generator(device=input_ids.device).manual_seed(config.seed)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -176,10 +181,14 @@ class A2DGenerationMixin:
             twins = [None if part is None else part.repeat_interleave(repeats, dim=0) for part in negative]
             keep_tokens = config.guidance_keep_tokens or []
             guidance = Guidance(canvas, config.guidance_scale, keep_tokens, *twins, attention_block=attention_block)
-        cache = self._block_cache(config, canvas, pattern, attention_block)
+        approximate = None if config.approximate_cache is None else ApproximateCache(self, config, canvas)
+        cache = approximate or self._block_cache(config, canvas, attention_block)
         stream = CanvasStream(streamer, canvas)
         history = [canvas.sequences()] if config.output_history else None
         num_forwards, columns_checked = 0, 0
+        if config.self_speculation is not None:  # leaves no row alive
+            parts = (self, config, canvas, cache, pattern, attention_block, propose, generator)
+            num_forwards = SelfSpeculation(*parts).run(criteria, stream, history)
 
         # 2. Until no row has an open mask:
         while bool(canvas.alive_R.any()):
@@ -230,6 +239,9 @@ class A2DGenerationMixin:
         # 3. Return the prompts with their completions.
         stream.end()
         output = canvas.output(num_forwards, history)
+        if approximate is not None:
+            output.num_forwards += approximate.extra_forwards
+            output.cache_deviation = approximate.deviation()
         return output if config.return_dict_in_generate else output.sequences
 
     # -------------------------------------------------------------------------------------------------- the forward
@@ -312,21 +324,24 @@ class A2DGenerationMixin:
         self,
         config: A2DGenerationConfig,
         canvas: Canvas,
-        pattern: AttentionPattern | None,
         attention_block: int | None,
     ) -> BlockCache | None:
         """The cache of a call, or `None` where it would not be exact: the text never depends on it."""
-        if config.use_cache is False or attention_block is None or not self._caches_blocks:
-            return None
-        if pattern is not None and pattern.kind != "block_causal":
-            return None
         rows, length = canvas.tokens_RT.shape
         rows *= canvas.passes
-        if rows > 1 and not self._accepts_position_ids:
-            return None  # rows would have to stand in the same block all the time
-        if self.training and self.is_gradient_checkpointing:
-            return None  # transformers takes the cache away then
+        if config.use_cache is False or attention_block is None or not self.can_cache(rows):
+            return None
+        if config.pipeline_depth > 1 and self.config.clean_context == "causal":
+            return None  # a later block reads the open one causally here, and a cached pass would read it openly
         return BlockCache(rows, length, attention_block, self.config.token_shift, canvas.tokens_RT.device)
+
+    def can_cache(self, rows: int) -> bool:
+        """Whether what a row computes can be read from a cache, `rows` of them at different positions."""
+        if not self._caches_blocks:
+            return False
+        if rows > 1 and not self._accepts_position_ids:
+            return False  # rows would have to stand in the same block all the time
+        return not (self.training and self.is_gradient_checkpointing)  # transformers takes the cache away then
 
     # ------------------------------------------------------------------------------------- what the ecosystem expects
 

@@ -29,6 +29,10 @@ DIFFUSION_FIELDS = (
     "pipeline_depth",
     "block_add_threshold",
     "decoded_token_threshold",
+    "self_speculation",
+    "draft_steps",
+    "approximate_cache",
+    "output_cache_deviation",
     "seed",
     "mask_token_id",
     "output_history",
@@ -122,6 +126,12 @@ class A2DGenerationConfig(GenerationConfig):
             With `pipeline_depth`: the share of a block from which the next one commits a token in every forward;
             below it, it only commits what its selector is sure of.
 
+        self_speculation (`str`, *optional*):
+            Diffusion only drafts, and a causal pass verifies: the text is that of the checkpoint's own causal mode
+            (`"causal"`) or, with its adapters off, of its parent (`"parent"`), token for token at temperature 0 and
+            in distribution above it. `block_size` bounds a draft; 8 where the checkpoint has no blocks.
+        draft_steps (`int`, *optional*, defaults to 1): forwards per draft of `self_speculation`.
+
         > Parameters that control which token a position gets
 
         temperature (`float`, *optional*):
@@ -160,6 +170,12 @@ class A2DGenerationConfig(GenerationConfig):
         > Cache
 
         use_cache (`bool`, *optional*, defaults to `True`): run finished BD3LM blocks once; same text.
+        approximate_cache (`str`, *optional*):
+            For MDLM models, faster and NOT the same text: within a block keep what the block's first forward computed
+            for what stands before it (`"prefix"`), or for all but the block itself (`"dual"`).
+        output_cache_deviation (`bool`, *optional*, defaults to `False`):
+            Measure that cache against exact logits at every forward, one more pass each (not counted), and say so in
+            [`A2DGenerationOutput`]`.cache_deviation`.
         cache_implementation, cache_config, max_cache_len, compile_config, disable_compile: accepted, without effect.
     """
 
@@ -179,7 +195,7 @@ class A2DGenerationConfig(GenerationConfig):
             strict (`bool`, *optional*, defaults to `False`): also refuse what cannot be saved.
             user_set_attributes (`set[str]`, *optional*): part of the library's signature; not needed here.
         """
-        for name in ("steps", "block_size", "num_return_sequences", "max_length", "pipeline_depth"):
+        for name in ("steps", "block_size", "draft_steps", "num_return_sequences", "max_length", "pipeline_depth"):
             self._check(name, _is_int, lambda v: v >= 1, "a positive integer")
         for name in ("max_new_tokens", "top_k", "seed", "mask_token_id", "bos_token_id"):
             self._check(name, _is_int, lambda v: v >= 0, "an integer of at least 0")
@@ -189,7 +205,7 @@ class A2DGenerationConfig(GenerationConfig):
         for name in ("temperature", "entropy_bound", "guidance_scale"):
             self._check(name, _is_number, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         self._check("repetition_penalty", _is_number, lambda v: v > 0, "a number above 0")
-        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history"):
+        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history", "output_cache_deviation"):
             self._check(name, lambda v: isinstance(v, bool), lambda v: True, "a boolean")
         for name in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep_tokens"):
             self._check(name, _is_id_list, lambda v: True, "a list of token ids")
@@ -236,6 +252,8 @@ class A2DGenerationConfig(GenerationConfig):
             "pipeline_depth": 1,
             "block_add_threshold": 0.7,
             "decoded_token_threshold": 0.95,
+            "draft_steps": 1,
+            "output_cache_deviation": False,
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
             "output_history": False,

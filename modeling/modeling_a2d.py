@@ -261,8 +261,9 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
                 length `[x_t ; x_0]`.
             attention_mask (`torch.Tensor` of shape `(B, L)` or `(B, K)` with a cache, *optional*): 1 for tokens, 0 for
                 padding, on any side.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): logical positions. By default they count
-                the tokens of each row, document and copy from 0, so that padding moves nothing.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, or `(B, K)` with a cache, *optional*): logical
+                positions. By default they count the tokens of each row, document and copy from 0, so that padding
+                moves nothing.
             document_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): for packed rows: which document each token
                 belongs to. Documents never see each other.
             attention_pattern ([`AttentionPattern`] or `str`, *optional*): `"bidirectional"`, `"causal"`,
@@ -360,7 +361,9 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
 
     def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
         windows = self.config.sliding_window
-        if pattern.is_causal and layout.document_BK is None:
+        # Rows that stand at different places of one cache: windows would count slots instead of positions.
+        ragged = layout.seen > 0 and layout.valid_BK is not None
+        if pattern.is_causal and layout.document_BK is None and not ragged:
             return None  # the parent's own path, fast kernels and all
         if pattern.is_causal:
             windows = "keep"  # the causal pattern is the parent's, whatever happens to windows when it opens

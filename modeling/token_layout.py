@@ -24,7 +24,7 @@ class TokenLayout:
         position_BK (`torch.Tensor` of shape `(B or 1, K)`, *optional*): logical positions; `None` means 0, 1, 2, ...
         valid_BK (`torch.Tensor`, *optional*): False at padding; `None` means no padding.
         document_BK (`torch.Tensor`, *optional*): documents of packed rows.
-        copy_K (`torch.Tensor`, *optional*): which copy of the sequence a token belongs to.
+        copy_K (`torch.Tensor`, *optional*): which copy of the sequence a token belongs to; 1 marks an open tail.
     """
 
     shape: tuple[int, int]
@@ -67,7 +67,8 @@ class TokenLayout:
             valid_BK = attention_mask.to(device=device, dtype=torch.bool)
             layout.valid_BK = None if bool(valid_BK.all()) else valid_BK
         for name, given in (("position_ids", position_ids), ("document_ids", document_ids)):
-            if given is not None and given.shape[-1] != length:
+            with_cached = name == "position_ids" and given is not None and given.shape[-1] == total
+            if given is not None and given.shape[-1] != length and not with_cached:
                 raise ValueError(f"`{name}` must have one entry per token ({length}), not {given.shape[-1]}.")
         if document_ids is not None:
             if seen:
@@ -75,15 +76,17 @@ class TokenLayout:
             layout.document_BK = document_ids.to(device)
         elif position_ids is not None and attention_mask is None and not seen and copies == 1:
             layout.document_BK = _documents_of(position_ids.to(device))
-        layout._place(copies, position_ids)
+        layout._place(copies, position_ids, pattern.tail)
         return layout
 
-    def _place(self, copies: int, position_ids: torch.Tensor | None) -> None:
+    def _place(self, copies: int, position_ids: torch.Tensor | None, tail: int) -> None:
         """Logical positions count the real tokens of each row, document and copy from 0."""
         (rows, length), device = self.shape, self.device
         total = self.seen + length
         if copies > 1:
             self.copy_K = torch.arange(copies, device=device).repeat_interleave(length // copies)
+        elif tail:
+            self.copy_K = (torch.arange(total, device=device) >= total - tail).long()
         if self.valid_BK is not None or self.document_BK is not None:
             valid_BK = self.valid_BK
             if valid_BK is None:
@@ -100,7 +103,7 @@ class TokenLayout:
             self.position_BK = torch.arange(length // copies, device=device).repeat(copies)[None]
         if position_ids is not None:
             given_BL = position_ids.to(device)
-            if self.seen:
+            if self.seen and given_BL.shape[-1] == length:
                 before_BK = self.position_BK
                 if before_BK is None:
                     before_BK = torch.arange(total, device=device)[None]
@@ -149,7 +152,7 @@ class TokenLayout:
         position_BL = self.position_BL
         if position_BL is None:
             position_BL = (here_L + self.seen).expand(rows, length)
-        if self.copy_K is not None:
+        if pattern.copies > 1:
             one = length // pattern.copies
             clean_L = pattern.views * one + here_L % one - 1
             opens_block_BL = (position_BL % pattern.block_size == 0) & (self.copy_K < pattern.views)

@@ -4,23 +4,26 @@
     python scripts/bench_decoding.py --preset qwen3-0.6b      the shape of Qwen3-0.6B
 
 Owns the reference loop and the table; writes one JSON file. Everything compared runs in this process, in turns, and
-must give the same tokens with the same number of denoising forwards, or nothing is written.
+must give the same tokens with the same number of denoising forwards, or nothing is written. Speed-ups are in tokens
+per second; the published loop takes one row. Quality is bench_decoding_quality.py's business.
 """
 
 import argparse
+import contextlib
 import copy
 import platform
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from a2d_hf.atomic_files import write_json
 from a2d_hf.console import Console
@@ -116,6 +119,17 @@ def time_head(model: A2DForMaskedDiffusion, watch: Stopwatch) -> list[Any]:
     ]
 
 
+@contextlib.contextmanager
+def time_masks(watch: Stopwatch) -> Iterator[None]:
+    """While entered, counts the time in which masks are built, of whatever runs, under "mask"."""
+    build_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionMaskInterface.register("sdpa", lambda *args, **kwargs: watch("mask", build_mask, *args, **kwargs))
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", build_mask)
+
+
 def build(preset: str, block_size: int, dtype: torch.dtype) -> A2DForMaskedDiffusion:
     torch.manual_seed(0)
     parent = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **PRESETS[preset]), dtype=dtype).eval()
@@ -129,18 +143,20 @@ def build(preset: str, block_size: int, dtype: torch.dtype) -> A2DForMaskedDiffu
 def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Runs all contestants in turns, `--repeats` times."""
     model = build(args.preset, args.block_size, getattr(torch, args.dtype))
-    prompt_1P = torch.randint(0, 1000, (1, args.prompt), generator=torch.Generator().manual_seed(1))
+    prompt_1P = torch.randint(1, 1000, (1, args.prompt), generator=torch.Generator().manual_seed(1))
     watches: dict[str, Stopwatch] = {}
 
-    def ours(use_cache: bool) -> tuple[torch.Tensor, int]:
+    prompt_RP = torch.randint(1, 1000, (args.rows, args.prompt), generator=torch.Generator().manual_seed(2))
+
+    def ours(use_cache: bool, prompts: torch.Tensor = prompt_1P) -> tuple[torch.Tensor, int]:
         output = model.diffusion_generate(
-            prompt_1P, max_new_tokens=args.new, steps=args.steps, use_cache=use_cache, return_dict_in_generate=True
+            prompts, max_new_tokens=args.new, steps=args.steps, use_cache=use_cache, return_dict_in_generate=True
         )
         return output.sequences, output.num_forwards
 
-    def parent(watch: Stopwatch) -> tuple[None, int]:
+    def parent(prompts: torch.Tensor) -> tuple[None, int]:
         model.backbone.generate(
-            prompt_1P, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False, pad_token_id=0
+            prompts, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False, pad_token_id=0
         )
         return None, args.new
 
@@ -148,8 +164,11 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "published loop": lambda watch: reference_loop(model, prompt_1P, args.new, args.steps, watch),
         "a2d_hf, no cache": lambda watch: ours(False),
         "a2d_hf": lambda watch: ours(True),
-        "parent, left to right": parent,
+        "parent, left to right": lambda watch: parent(prompt_1P),
+        f"a2d_hf, {args.rows} rows": lambda watch: ours(True, prompt_RP),
+        f"parent, {args.rows} rows": lambda watch: parent(prompt_RP),
     }
+    tokens = {name: args.new * (args.rows if name.endswith("rows") else 1) for name in contestants}
     times: dict[str, list[float]] = defaultdict(list)
     forwards: dict[str, int] = {}
     rows: dict[str, torch.Tensor] = {}
@@ -159,7 +178,8 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 watches[name] = watch = Stopwatch()
                 hooks = time_head(model, watch)
                 started = time.perf_counter()
-                rows[name], forwards[name] = contestant(watch)
+                with time_masks(watch):
+                    rows[name], forwards[name] = contestant(watch)
                 times[name].append(time.perf_counter() - started)
                 for hook in hooks:
                     hook.remove()
@@ -183,8 +203,8 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 "seconds_best": round(best[name], 3),
                 "seconds_median": round(statistics.median(times[name]), 3),
                 "forwards": forwards[name],
-                "tokens_per_second": round(args.new / best[name], 2),
-                "speedup_over_published_loop": round(best["published loop"] / best[name], 2),
+                "tokens_per_second": round(tokens[name] / best[name], 2),
+                "speedup_over_published_loop": round(best["published loop"] * tokens[name] / args.new / best[name], 2),
                 "seconds_of_last_run": {part: round(value, 3) for part, value in watches[name].seconds.items()},
             }
             for name in contestants
@@ -200,6 +220,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32, help="tokens per block")
     parser.add_argument("--steps", type=int, default=64, help="denoising forwards, the same number in each block")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--rows", type=int, default=16, help="rows of the batch that both decoders get besides")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the best counts")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decoding_cpu.json", help="the JSON file")
     args = parser.parse_args()
