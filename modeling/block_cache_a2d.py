@@ -151,10 +151,11 @@ class BlockCache:
         asked_BW = scope_BT.gather(1, position_BW) & real_BW
 
         # Under token shift a block's first token is scored by the last hidden state of the block before, which is
-        # in the pass that commits that one, and does not change afterwards: its logits are kept.
-        known_B = asked_BW[:, pending] & (pending_B == 0) & self.token_shift
+        # in the pass that commits that one, and does not change afterwards: its logits are kept, though nobody may
+        # ask for them yet.
         to_score_BW = asked_BW.clone()
-        to_score_BW[:, pending] &= ~known_B
+        if self.token_shift:
+            to_score_BW[:, pending] = real_BW[:, pending] & (pending_B > 0)
 
         slots = self.cache.get_seq_length()
         cached_BS = torch.arange(slots, device=device) < self.clean_B[:, None]
@@ -213,6 +214,6 @@ class BlockCache:
             return logits_MV
         logits_NV = logits_MV.new_empty((int(asked_BW.sum()), logits_MV.shape[-1]))
         was_scored_N = scored_BW[asked_BW]
-        logits_NV[was_scored_N] = logits_MV
+        logits_NV[was_scored_N] = logits_MV[asked_BW[scored_BW]]
         logits_NV[~was_scored_N] = self.opening_BV[asked_BW[:, pending] & ~opening_B]
         return logits_NV
