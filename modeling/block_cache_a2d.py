@@ -155,10 +155,11 @@ class BlockCache:
         asked_BW = scope_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1)) & real_BW
 
         # Under token shift a block's first token is scored by the last hidden state of the block before, which is
-        # in the pass that commits that one, and does not change afterwards: its logits are kept.
-        known_B = asked_BW[:, pending] & (pending_B == 0) & self.token_shift
+        # in the pass that commits that one, and does not change afterwards: its logits are kept, though nobody may
+        # ask for them yet.
         to_score_BW = asked_BW.clone()
-        to_score_BW[:, pending] &= ~known_B
+        if self.token_shift:
+            to_score_BW[:, pending] = real_BW[:, pending] & (pending_B > 0)
 
         if pattern is not None and pattern.kind == "bd3lm":
             # Without the doubled sequence of training: finished text is clean and causal, the block behind it open.
@@ -273,6 +274,6 @@ class BlockCache:
             return logits_MV
         logits_NV = logits_MV.new_empty((int(asked_BW.sum()), logits_MV.shape[-1]))
         was_scored_N = scored_BW[asked_BW]
-        logits_NV[was_scored_N] = logits_MV
+        logits_NV[was_scored_N] = logits_MV[asked_BW[scored_BW]]
         logits_NV[~was_scored_N] = self.opening_BV[asked_BW[:, pending] & ~opening_B]
         return logits_NV

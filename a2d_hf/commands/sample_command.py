@@ -54,11 +54,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--threshold", type=float, metavar="P", help="probability to commit from, with --selector threshold"
     )
     parser.add_argument(
-        "--entropy-bound", type=float, metavar="NATS", help="dependence to ignore, with --selector entropy_bound"
+        "--entropy-bound", type=float, metavar="NATS", help="dependence to ignore: --selector entropy_bound"
     )
     parser.add_argument("--remasking", choices=REMASKING, help="take back what was written, and write it again")
     parser.add_argument(
-        "--pipeline-depth", type=int, metavar="N", help="blocks open at once, with --selector threshold"
+        "--pipeline-depth", type=int, metavar="N", help="blocks open at once, with --threshold or --entropy-bound"
     )
     parser.add_argument(
         "--guidance-scale", type=float, metavar="S", help="lean on the prompt: above 1, two passes per step"
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
         "steps": args.steps,
         "block_size": args.block_size,
-        "selector": args.selector or ("threshold" if args.threshold is not None else None),
+        "selector": args.selector or _selector_of(args),
         "threshold": args.threshold,
         "entropy_bound": args.entropy_bound,
         "remasking": args.remasking,
@@ -184,6 +184,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.json(samples)
     return 0
+
+
+def _selector_of(args: argparse.Namespace) -> str | None:
+    """The selector that a flag of its own asks for."""
+    given = {"threshold": args.threshold, "entropy_bound": args.entropy_bound}
+    return next((name for name, value in given.items() if value is not None), None)
 
 
 def _sample(

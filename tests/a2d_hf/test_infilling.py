@@ -183,9 +183,9 @@ def test_texts_from_a_file_and_from_standard_input_with_a_line_of_json_each(chec
 
 def test_every_way_of_decoding_has_its_flag(checkpoint, capsys):
     for flags in (
-        ["--selector", "entropy_bound", "--entropy-bound", "0.5"],
+        ["--entropy-bound", "0.5"],
         ["--remasking", "remdm_cap", "--temperature", "1"],
-        ["--selector", "threshold", "--pipeline-depth", "2", "--block-size", "4"],
+        ["--threshold", "0.9", "--pipeline-depth", "2", "--block-size", "4"],
         ["--guidance-scale", "2", "--negative-prompt", "the dog"],
     ):
         code, out, err = sample(capsys, checkpoint, "-p", "The quick", "--max-new-tokens", "8", "--jsonl", *flags)
