@@ -61,6 +61,11 @@ class ApproximateCache:
                 "`approximate_cache` needs a parent that remembers keys and values alone and takes `position_ids`: "
                 "leave it out."
             )
+        if self.kind == "dual" and not _reads_position_ids(model):
+            raise ValueError(
+                '`approximate_cache="dual"` puts the block behind what follows it in the cache, and this parent reads '
+                'positions off that order (ALiBi): use "prefix".'
+            )
 
     def logits_of(
         self,
@@ -170,6 +175,18 @@ class ApproximateCache:
         self.rows_B, self.start_B = rows_B, self.start_B[kept_B]
         for layer in self.layers:
             layer.batch_select_indices(kept_B)
+
+
+def _reads_position_ids(model: "A2DGenerationMixin") -> bool:
+    """Whether the position ids that the parent accepts change what it computes; ALiBi counts the tokens instead."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    near, far = (
+        model.backbone(
+            input_ids=ids, position_ids=ids * step, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits
+        for step in (1, 5)
+    )
+    return not torch.equal(near, far)
 
 
 def _rows_of(layer: BlockCacheLayer, rows: torch.Tensor) -> BlockCacheLayer:

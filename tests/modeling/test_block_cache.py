@@ -56,7 +56,7 @@ def block_model(family: str = "llama", dtype: torch.dtype = torch.float32, **fie
                 if parameter.ndim >= 2:
                     parameter.normal_(std=0.15)
     model = A2DForMaskedDiffusion.from_causal_lm(
-        parent.eval().to(dtype), mask_token_id=MASK, objective="bd3lm", block_size=BLOCK, **fields
+        parent.eval().to(dtype), mask_token_id=MASK, **{"objective": "bd3lm", "block_size": BLOCK} | fields
     )
     model.generation_config = A2DGenerationConfig(eos_token_id=2, pad_token_id=0, bos_token_id=None)
     return model
