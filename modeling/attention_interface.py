@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -34,6 +34,8 @@ class PatternInForce:
         document_BK (`torch.Tensor`, *optional*): document of every key; documents never see each other.
         copy_K (`torch.Tensor`, *optional*): which copy a key belongs to (`bd3lm` only).
         fast_path (`bool`): whether "everything visible" may be expressed by passing no mask at all.
+        seen (`int`): tokens in the cache, before the first query.
+        kept (`dict`): what the layers of one pass share (alibi_distance.py).
     """
 
     pattern: AttentionPattern
@@ -43,6 +45,8 @@ class PatternInForce:
     document_BK: torch.Tensor | None = None
     copy_K: torch.Tensor | None = None
     fast_path: bool = True
+    seen: int = 0
+    kept: dict = field(default_factory=dict)
 
     def rule(self, own: Callable | None) -> Callable:
         """
