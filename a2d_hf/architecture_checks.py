@@ -77,7 +77,12 @@ def tiny_config(model_type: str):
     from a2d_hf.shrinking import lost_structure, shrink_config
 
     full = CONFIG_MAPPING[model_type]()
-    small = shrink_config(full, **COMPLETED.get(model_type, {}))
+    overrides = dict(COMPLETED.get(model_type, {}))
+    text = full.get_text_config()
+    if text is not full and text.model_type in COMPLETED:
+        shrunk = shrink_config(text, **COMPLETED[text.model_type]).to_dict()
+        overrides[next(name for name, part in vars(full).items() if part is text)] = shrunk
+    small = shrink_config(full, **overrides)
     return small, lost_structure(full, small)
 
 

@@ -57,6 +57,7 @@ class PatternInForce:
         """
         pattern, position_BK, valid_BK, document_BK = self.pattern, self.position_BK, self.valid_BK, self.document_BK
         copy_K = self.copy_K
+        left_B = None if valid_BK is None or own is None else (valid_BK.cumsum(-1) == 0).sum(-1)
 
         def edge(b, h, q, k):
             # Static caches ask for more keys than there are tokens: those keys do not exist yet.
@@ -71,7 +72,11 @@ class PatternInForce:
             if own is not None:
                 # The model's rule is causal. Asked about (later, earlier) it is symmetric, and on logical positions it
                 # also serves packed documents and the doubled sequence of block diffusion.
-                seen = seen & own(b, h, torch.maximum(p_q, p_k), torch.minimum(p_q, p_k))
+                # Chunks are counted from behind the padding on the left, which the model's rule takes off itself.
+                late, early = torch.maximum(p_q, p_k), torch.minimum(p_q, p_k)
+                if left_B is not None:
+                    late, early = late + left_B[b], early + left_B[b]
+                seen = seen & own(b, h, late, early)
             if document_BK is not None:
                 seen = seen & (_at(document_BK, b, q) == _at(document_BK, b, k))
             if valid_BK is not None:
