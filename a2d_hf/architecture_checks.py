@@ -77,7 +77,12 @@ def tiny_config(model_type: str):
     from a2d_hf.shrinking import lost_structure, shrink_config
 
     full = CONFIG_MAPPING[model_type]()
-    small = shrink_config(full, **COMPLETED.get(model_type, {}))
+    overrides = dict(COMPLETED.get(model_type, {}))
+    text = full.get_text_config()
+    if text is not full and text.model_type in COMPLETED:
+        shrunk = shrink_config(text, **COMPLETED[text.model_type]).to_dict()
+        overrides[next(name for name, part in vars(full).items() if part is text)] = shrunk
+    small = shrink_config(full, **overrides)
     return small, lost_structure(full, small)
 
 
@@ -99,8 +104,8 @@ def tiny_parent(model_type: str, attn_implementation: str | None = None):
     return model
 
 
-def detect_verdict(model_type: str) -> tuple[str, list[str]]:
-    """What `a2d detect` says of the type's configuration: the verdict and its reason codes."""
+def detected(model_type: str) -> dict[str, Any]:
+    """What `a2d detect --json` says of the type's configuration."""
     from transformers import CONFIG_MAPPING
 
     from a2d_hf.detection import detect
@@ -109,8 +114,7 @@ def detect_verdict(model_type: str) -> tuple[str, list[str]]:
         config = tiny_config(model_type)[0] if model_type in COMPLETED else CONFIG_MAPPING[model_type]()
         values = {**config.to_dict(), "model_type": model_type}
         (Path(folder) / "config.json").write_text(json.dumps(values, default=str))
-        found = detect(folder).to_dict()
-    return found["verdict"], [reason["code"] for reason in found["reasons"]]
+        return detect(folder).to_dict()
 
 
 def check_type(model_type: str) -> dict[str, Any]:
@@ -119,7 +123,8 @@ def check_type(model_type: str) -> dict[str, Any]:
     row: dict[str, Any] = {"type": model_type, "seconds": 0.0}
     start = time.perf_counter()
     try:
-        row["verdict"], row["codes"] = detect_verdict(model_type)
+        found = detected(model_type)
+        row["verdict"], row["codes"] = found["verdict"], [reason["code"] for reason in found["reasons"]]
         if row["verdict"] != "unsupported":
             _check_conversion(model_type, row)
     except Exception as error:  # a type that cannot be built is a row of the table, with the reason

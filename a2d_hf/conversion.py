@@ -29,11 +29,6 @@ from .source import Source, inspect_source, locate, read_config
 
 # A few hundred rows say enough to see whether training works; `a2d eval` measures all of them.
 QUICK_EVAL_TOKENS = 8192
-# What a conversion does to a capability that nobody would guess; told, and kept in the manifest.
-CAVEATS = {
-    "pos.alibi": "ALiBi scores a key by where it stands, not by its distance: once attention is open, each position "
-    "favours the keys furthest to the right until training corrects it.",
-}
 
 
 def convert(
@@ -167,10 +162,7 @@ def _convert(run: RunDirectory, settings: ConversionSettings, console: Console) 
 
     from .provenance import hardware, library_versions
 
-    caveats = [CAVEATS[tag] for tag in capabilities if tag in CAVEATS]
-    for caveat in caveats:
-        console.warn(caveat)
-    run.update(source=provenance, capabilities=capabilities, caveats=caveats)
+    run.update(source=provenance, capabilities=capabilities)
     run.update(versions=library_versions(), hardware=hardware())
     with _own_progress_only():
         _operate(run, settings, source, rows, console)
@@ -184,6 +176,11 @@ def _operate(
     from .provenance import checkpoint_manifest
 
     operation = surgery.operate(source, settings)
+    if "pos.alibi" in run.manifest["capabilities"] and not operation.model.alibi_layers:
+        raise Refused(
+            f"{source.name} adds its ALiBi bias in a way that is not known here: opened, it would favour the keys "
+            "furthest to the right instead of the nearest."
+        )
     mask = operation.model.mask_token.to_dict()
     data = None
     if rows is not None:

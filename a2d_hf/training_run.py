@@ -292,12 +292,13 @@ def train(
     if checkpoint is not None:
         console.note(f"continuing from {Path(checkpoint).name}")
     state = _finished_state(checkpoint)
+    experts = None
     if state is not None:
         # transformers would take one step more. The weights are all that is left to fetch.
         trained = A2DForMaskedDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
         model.load_state_dict(trained.state_dict(), strict=True)
     else:
-        state = _train_steps(run, config, model, tokenizer, data, console, checkpoint)
+        state, experts = _train_steps(run, config, model, tokenizer, data, console, checkpoint)
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
@@ -307,6 +308,7 @@ def train(
         "schedule": f"cosine, {WARMUP:.0%} warm-up",
         "device": config.device.type,
         "precision": "bf16 autocast over fp32 weights" if config.bf16 else "fp32",
+        "experts": experts,
     }
 
 
@@ -326,13 +328,14 @@ def _train_steps(
     data: PreparedData,
     console: Console,
     checkpoint: str | None,
-) -> TrainerState:
-    """Runs the trainer to its last step, or to the stop."""
+) -> tuple[TrainerState, dict[str, Any] | None]:
+    """Runs the trainer to its last step, or to the stop; also says what a mixture of experts did."""
     stop = StopRequest(console)
     callback = RunCallback(run, console, stop, save_by_time=config.save_steps == NEVER)
     trainer = MDLMTrainer(
         model=model, args=config, train_dataset=data.train, processing_class=tokenizer, callbacks=[callback]
     )
+    trainer.auxiliary.moe.warn = console.warn
     vars(model.config).pop("use_cache", None)  # the trainer's own wish, which would be saved with the model
     trainer.remove_callback(PrinterCallback)  # it stands in for tqdm's bar; ours is there
     try:
@@ -346,4 +349,4 @@ def _train_steps(
         if stop.received:
             raise KeyboardInterrupt(f"interrupted; continue with `a2d resume {run.path}`.")
         raise A2DError(f"Training ended at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-    return trainer.state
+    return trainer.state, trainer.auxiliary.moe.summary()

@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -34,6 +34,8 @@ class PatternInForce:
         document_BK (`torch.Tensor`, *optional*): document of every key; documents never see each other.
         copy_K (`torch.Tensor`, *optional*): which copy a key belongs to (`bd3lm` only).
         fast_path (`bool`): whether "everything visible" may be expressed by passing no mask at all.
+        seen (`int`): tokens in the cache, before the first query.
+        kept (`dict`): what the layers of one pass share (alibi_distance.py).
     """
 
     pattern: AttentionPattern
@@ -43,6 +45,8 @@ class PatternInForce:
     document_BK: torch.Tensor | None = None
     copy_K: torch.Tensor | None = None
     fast_path: bool = True
+    seen: int = 0
+    kept: dict = field(default_factory=dict)
 
     def rule(self, own: Callable | None) -> Callable:
         """
@@ -53,6 +57,7 @@ class PatternInForce:
         """
         pattern, position_BK, valid_BK, document_BK = self.pattern, self.position_BK, self.valid_BK, self.document_BK
         copy_K = self.copy_K
+        left_B = None if valid_BK is None or own is None else (valid_BK.cumsum(-1) == 0).sum(-1)
 
         def edge(b, h, q, k):
             # Static caches ask for more keys than there are tokens: those keys do not exist yet.
@@ -67,7 +72,11 @@ class PatternInForce:
             if own is not None:
                 # The model's rule is causal. Asked about (later, earlier) it is symmetric, and on logical positions it
                 # also serves packed documents and the doubled sequence of block diffusion.
-                seen = seen & own(b, h, torch.maximum(p_q, p_k), torch.minimum(p_q, p_k))
+                # Chunks are counted from behind the padding on the left, which the model's rule takes off itself.
+                late, early = torch.maximum(p_q, p_k), torch.minimum(p_q, p_k)
+                if left_B is not None:
+                    late, early = late + left_B[b], early + left_B[b]
+                seen = seen & own(b, h, late, early)
             if document_BK is not None:
                 seen = seen & (_at(document_BK, b, q) == _at(document_BK, b, k))
             if valid_BK is not None:

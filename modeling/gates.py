@@ -227,15 +227,18 @@ def reach_gate(model: A2DForMaskedDiffusion, *, seed: int = 0) -> GateResult:
         own_LL = causal[name]
         windowed = bool((own_LL != lower_LL).any())
         windows_seen |= windowed
-        if windowed and model.config.sliding_window == "keep":
+        # A layer that moves nothing between positions (feed-forward only, or with another layer's keys and values) has
+        # nothing of its own to open.
+        mixes = bool((own_LL & ~diagonal_LL).any())
+        if not mixes:
+            expected_LL = own_LL
+        elif windowed and model.config.sliding_window == "keep":
             expected_LL = own_LL | own_LL.T
         else:
             expected_LL = torch.ones_like(own_LL)
         exact = bool((opened[name] == expected_LL).all())
         block_exact = bool((blocked[name] == (expected_LL & allowed_LL)).all())
         closed = bool((opened[name] == own_LL).all())
-        # A layer that moves nothing between positions (feed-forward only) has nothing to open.
-        mixes = bool((own_LL & ~diagonal_LL).any())
         open_count += exact and mixes
         kind = layer_types[index] if layer_types and len(layer_types) == len(names) else "layer"
         layers.append(

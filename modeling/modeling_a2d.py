@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .alibi_distance import measure_by_distance
 from .attention_interface import PatternInForce, install, keep_pattern, pattern_in_force
 from .attention_pattern import AttentionPattern
 from .causal_buffers import open_causal_buffers
@@ -66,6 +67,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
             backbone = build_parent(config.text_config)
         self.parent = backbone
         open_causal_buffers(backbone)
+        self.alibi_layers = measure_by_distance(backbone)
         # One object for both, so that resizing or another attention implementation is seen by both.
         config.text_config = backbone.config
         config.text_config.architectures = [type(backbone).__name__]
@@ -305,15 +307,16 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         rows_N, blind = rows_through_head(wanted_BL, source_BL, shape, device)
 
         # 3. The parent, with the pattern in force.
-        state = self._pattern_in_force(pattern, layout)
+        state = self._pattern_in_force(pattern, layout, placed=position_ids is not None)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         if layout.moves_positions:
-            if not self._accepts_position_ids:
+            if not (self._accepts_position_ids or self.alibi_layers):
                 raise ValueError(
                     f"{type(self.backbone).__name__} takes no `position_ids`, so it cannot serve padding on the left, "
                     "packed documents or the doubled sequence of block diffusion."
                 )
-            inputs["position_ids"] = layout.position_BL
+            if self._accepts_position_ids:
+                inputs["position_ids"] = layout.position_BL
         if output_hidden_states is not None:
             inputs["output_hidden_states"] = output_hidden_states
         if use_cache and past_key_values is None and state is not None and cache_forgets(self.backbone.config):
@@ -359,11 +362,15 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
             )
         return result if return_dict is None or return_dict else result.to_tuple()
 
-    def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
+    def _pattern_in_force(
+        self, pattern: AttentionPattern, layout: TokenLayout, placed: bool = False
+    ) -> PatternInForce | None:
         windows = self.config.sliding_window
         # Rows that stand at different places of one cache: windows would count slots instead of positions.
         ragged = layout.seen > 0 and layout.valid_BK is not None
-        if pattern.is_causal and layout.document_BK is None and not ragged:
+        # The parent's own ALiBi counts columns: where a caller placed the tokens, even the causal pattern is ours.
+        counted = placed and self.alibi_layers > 0
+        if pattern.is_causal and layout.document_BK is None and not ragged and not counted:
             return None  # the parent's own path, fast kernels and all
         if pattern.is_causal:
             windows = "keep"  # the causal pattern is the parent's, whatever happens to windows when it opens
@@ -375,4 +382,5 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
             document_BK=layout.document_BK,
             copy_K=layout.copy_K,
             fast_path=self._none_means_open,
+            seen=layout.seen,
         )

@@ -385,7 +385,7 @@ class A2DTrainer(CheckpointedTrainer):
             result = self._metrics["train"].result(self.accelerator)
             result.pop("loss", None)  # the parent's own is the mean over the same steps
             self._count_tokens()
-            logs |= result | {"num_tokens": self.state.num_input_tokens_seen}
+            logs |= result | self.auxiliary.moe.result(self) | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -18,6 +18,7 @@ from .a2d_config import A2DTrainingConfig
 from .diffusion_metrics import DiffusionMetrics
 from .distillation import linear_kl
 from .model_resolution import base_model
+from .moe_telemetry import MoETelemetry
 from .teachers import causal_targets, make_teacher
 
 
@@ -33,6 +34,7 @@ class AuxiliaryLosses:
     def __init__(self, model: PreTrainedModel | PeftModel, args: A2DTrainingConfig):
         self.args = args
         self.model = model
+        self.moe = MoETelemetry(base_model(model))
         self.teacher = make_teacher(model, args.teacher) if args.teacher_kl_weight > 0 else None
 
     def forward_kwargs(self) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Parents that convert with a caveat: hybrids only when asked, ALiBi with a warning."""
-
-import json
+"""Parents that convert under a condition: hybrids only when asked, ALiBi only as a distance."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -31,12 +29,21 @@ def test_with_leave_it_converts_and_says_how_many_layers_open(hybrid, tmp_path, 
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
-def test_alibi_is_told_and_kept_in_the_manifest(tmp_path, capsys):
-    """Its bias is a function of the key alone, which is a distance only while attention looks to the left."""
-    folder = tmp_path / "bloom"
+def alibi_parent(folder):
     AutoModelForCausalLM.from_config(tiny_config("bloom")[0]).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    assert main(["convert", str(folder), "--out", str(tmp_path / "run")]) == 0
+    return str(folder)
+
+
+def test_alibi_converts_without_a_warning(tmp_path, capsys):
+    """Its bias becomes a distance to both sides when attention opens."""
+    assert main(["convert", alibi_parent(tmp_path / "bloom"), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
-    assert "ALiBi" in said.out + said.err
-    assert "ALiBi" in json.loads((tmp_path / "run" / "manifest.json").read_text())["caveats"][0]
+    assert "ALiBi" not in said.out + said.err
+
+
+def test_alibi_that_cannot_become_a_distance_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("a2d_hf.modeling.modeling_a2d.measure_by_distance", lambda backbone: 0)
+    assert main(["convert", alibi_parent(tmp_path / "bloom"), "--out", str(tmp_path / "run")]) == 1
+    assert "furthest to the right" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
