@@ -310,7 +310,7 @@ def prove_text_model(config: PreTrainedConfig, number: int, name: str) -> dict[s
     try:
         small = shrink_config(config)
         text_config = small.get_text_config(decoder=True)
-        _fit_sections(text_config)
+        fit_sections(text_config)
         kind = whole_class(small, name)
         if (size := build_empty(kind, small).num_parameters()) > PROOF_PARAMETERS:
             return {"not_run": f"its shrunk copy still has {size:,} parameters"}
@@ -337,7 +337,7 @@ def prove_text_model(config: PreTrainedConfig, number: int, name: str) -> dict[s
     return {"max_abs_diff": difference, "tokens": PROBE_TOKENS}
 
 
-def _fit_sections(text: PreTrainedConfig) -> None:
+def fit_sections(text: PreTrainedConfig) -> None:
     """Sections of a rotary embedding must fill what is left of a head, in place."""
     rope = text.to_dict().get("rope_parameters") or {}
     sections = rope.get("mrope_section")
