@@ -26,6 +26,7 @@ from .errors import A2DError, BadInput, Refused
 from .ingest_dequantize import EIGHT_BITS, Dequantized, dequantize_all
 from .ingest_tensors import PlannedTensor, StoredTensor, dtype_name, stored_tensors, write_sharded
 from .ingest_text_model import (
+    LoadingNames,
     TextModel,
     build_empty,
     converted_tensor,
@@ -124,6 +125,25 @@ def prepared_source(
         discard(staging)
         raise
     return _at(staging, source, plan), plan.record
+
+
+def stored_dtypes(source: Source, model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """
+    The precision in which every parameter of a model is stored, by name; of several tensors that make one parameter,
+    the widest.
+
+    Args:
+        source ([`Source`]): a plain checkpoint.
+        model (`PreTrainedModel`): what it loads into.
+    """
+    names, found = LoadingNames(model), {}
+    for name, tensor in stored_tensors(source).items():
+        for target in names.targets(name):
+            found[target] = torch.promote_types(found.get(target, tensor.dtype), tensor.dtype)
+    for target, kept in (model.all_tied_weights_keys or {}).items():
+        if target in found:
+            found.setdefault(kept, found[target])
+    return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
 def discard(staging: Path) -> None:

@@ -169,6 +169,17 @@ def test_mixed_precisions_are_kept_and_said(make_checkpoint, tmp_path):
     assert any("several precisions" in action for action in record["actions"])
 
 
+def test_a_checkpoint_of_mixed_precision_converts_to_the_bit(make_checkpoint, tmp_path):
+    folder = make_checkpoint("llama")
+    weights = {
+        name: tensor + 0.001 if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(folder / SAFETENSORS).items()
+    }
+    rewrite(folder, weights)
+    restate(folder, dtype="bfloat16")
+    assert_same_but_for_the_mask(convert(folder, tmp_path / "run"), weights)
+
+
 def test_tied_weights_stored_twice_and_equal_are_kept_once(make_checkpoint, tmp_path):
     folder = make_checkpoint("qwen2")
     pickled(folder)
