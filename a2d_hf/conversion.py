@@ -27,6 +27,8 @@ from .run_directory import RunDirectory
 from .source import Source, inspect_source, locate, read_config
 
 
+# Where a parent that is no plain checkpoint is brought into shape; removed when the surgery has read it.
+STAGING = ".ingest"
 # A few hundred rows say enough to see whether training works; `a2d eval` measures all of them.
 QUICK_EVAL_TOKENS = 8192
 
@@ -160,12 +162,19 @@ def _convert(run: RunDirectory, settings: ConversionSettings, console: Console) 
         _same_data(run, rows.sha256)
     provenance = _fingerprint(run, source, console)
 
+    from .ingest import discard, prepared_source
     from .provenance import hardware, library_versions
 
     run.update(source=provenance, capabilities=capabilities)
     run.update(versions=library_versions(), hardware=hardware())
-    with _own_progress_only():
-        _operate(run, settings, source, rows, console)
+    staging = run.path / STAGING
+    try:
+        with _own_progress_only():
+            source, ingest = prepared_source(source, staging, console, trust_remote_code=settings.trust_remote_code)
+            run.update(ingest=ingest)
+            _operate(run, settings, source, rows, console)
+    finally:
+        discard(staging)
 
 
 def _operate(
@@ -241,8 +250,6 @@ def _detect(settings: ConversionSettings) -> list[str]:
         raise Refused(
             f"{name} is a hybrid, {found.layers.sentence()}: pass --allow-hybrid to convert it all the same."
         )
-    if found.text_only:
-        raise Refused(f"{name} is multimodal: this version does not take its text model out of it.")
     return list(found.capabilities)
 
 

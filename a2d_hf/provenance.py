@@ -60,6 +60,7 @@ def checkpoint_manifest(run_manifest: dict[str, Any]) -> dict[str, Any]:
         "source": {name: source[name] for name in ("name", "model_type", "licence", "sha256", "files")},
         "capabilities": run_manifest["capabilities"],
         "config": {name: value for name, value in run_manifest["config"].items() if name not in _LOCAL_SETTINGS},
+        "ingest": run_manifest["ingest"],
         "mask_token": run_manifest["mask_token"],
         "gates": run_manifest["gates"],
         "data": run_manifest["data"],

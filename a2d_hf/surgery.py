@@ -126,10 +126,12 @@ def operate(source: Source, settings: ConversionSettings) -> Operation:
     Raises:
         [`BadInput`]: the files do not load.
     """
+    from .ingest import stored_dtypes
+
     tokenizer = load_tokenizer(source.path, settings.trust_remote_code)
-    parent = load_parent(source.path, settings.trust_remote_code, dtype="auto")
-    dtypes = {name: parameter.dtype for name, parameter in parent.named_parameters()}
-    parent.float()
+    # Not "auto": that would round what is stored in more bits than the configuration states.
+    parent = load_parent(source.path, settings.trust_remote_code)
+    dtypes = stored_dtypes(source, parent)
     with explained_loading(source.path):
         model = A2DForMaskedDiffusion.from_pretrained(
             source.path,

@@ -26,7 +26,7 @@ from .generation_config_a2d import A2DGenerationConfig
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
 from .modeling_outputs_a2d import A2DOutput
 from .output_head import HeadRows, OutputHead, head_rows
-from .parent_models import build_parent, cache_forgets, caches_blocks, check_causal_lm, has_recurrence
+from .parent_models import build_parent, cache_forgets, caches_blocks, check_causal_lm, check_text_only, has_recurrence
 from .token_layout import TokenLayout, rows_through_head
 
 
@@ -137,6 +137,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
                 config = cls.config_class.from_dict({**config.to_dict(), **fields})
             kwargs.pop("trust_remote_code", None)
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        check_text_only(config, str(pretrained_model_name_or_path))
         check_causal_lm(config, allow_hybrid)
         if tokenizer is None and mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(

@@ -65,6 +65,15 @@ def has_recurrence(config: PreTrainedConfig) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in _cache_layers(config))
 
 
+def check_text_only(config: PreTrainedConfig, name: str) -> None:
+    """Raises `ValueError` for a multimodal checkpoint: its text model has to be taken out of the files first."""
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError(
+            f"{name} is multimodal ({config.model_type}): `a2d convert {name} --out RUN` takes its text model out and "
+            "converts it alone."
+        )
+
+
 def check_causal_lm(config: PreTrainedConfig, allow_hybrid: bool = False) -> None:
     """Raises `ValueError` for what is no parent, and for a hybrid unless its user accepts that it opens in part."""
     if config.is_encoder_decoder:

@@ -150,7 +150,7 @@ def _with_config(source: Source, config: dict[str, Any], gpu: str | None) -> Det
     if not isinstance(found, TextModel):
         return Detection(source.name, "unsupported", found, model_type=config["model_type"], weights=weights)
     view, kinds = found.view, found.kinds
-    quantization = read_quantization(config, view.raw)
+    quantization = read_quantization(config, view.raw, source.folder)
     heads = read_heads(view)
     experts = read_experts(view, kinds)
     parameters = count_parameters(view, kinds, heads, experts)

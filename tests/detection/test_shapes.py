@@ -225,6 +225,7 @@ def test_a_multimodal_model_with_an_encoder_decoder_inside_is_refused(verdict_of
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, {"weights.fp8", "ingest.dequantize"}),
         ({"quant_method": "mxfp4"}, {"weights.mxfp4", "ingest.dequantize"}),
         ({"quant_method": "compressed-tensors"}, {"weights.compressed_tensors", "ingest.dequantize"}),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, {"weights.modelopt", "ingest.dequantize"}),
     ],
 )
 def test_formats_that_loading_undoes_are_supported(quantization: dict, tags: set, verdict_of):
@@ -240,7 +241,10 @@ def test_formats_that_loading_undoes_are_supported(quantization: dict, tags: set
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
         {"load_in_4bit": True},
         {"group_size": 64, "bits": 4},  # MLX writes no method
-        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
+        {"quant_method": "compressed-tensors", "format": "marlin-24"},
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "transform_config": {"a": {}}},
         {"quant_method": "bitnet"},
         {"quant_method": "a format of tomorrow"},
         {"nothing": "known"},
