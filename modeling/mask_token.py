@@ -24,8 +24,9 @@ RESERVED = re.compile(
 )
 # A row whose norm is this far below the usual was never trained.
 NEAR_ZERO = 0.1
-# Rows of a matrix that are looked at together: it may lie in a file and be larger than memory.
-_ROWS_AT_ONCE = 4096
+# Rows of a matrix that are looked at together: it may lie in a file and be larger than memory. Few enough for a
+# processor's cache: sixteen times as many took sixteen times as long.
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,11 @@ def mean_of_trained_rows(matrix: torch.Tensor, choice: MaskToken) -> torch.Tenso
     total, count = torch.zeros(tuple(matrix.shape[1:]), dtype=torch.float64), 0
     for start in range(0, stop, _ROWS_AT_ONCE):
         end = min(start + _ROWS_AT_ONCE, stop)
-        kept = [row - start for row in range(start, end) if row not in written]
-        total += matrix[start:end][kept].cpu().double().sum(dim=0)
-        count += len(kept)
+        piece = matrix[start:end]
+        if not written.isdisjoint(range(start, end)):
+            piece = piece[[row - start for row in range(start, end) if row not in written]]
+        total += piece.cpu().double().sum(dim=0)
+        count += len(piece)
     return (total / count).float().to(matrix.device, matrix.dtype)
 
 

@@ -134,9 +134,8 @@ class TestSameAsInMemory:
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]) and tensor.dtype == found[name].dtype, name
         for name in ("config.json", "generation_config.json"):
-            mine, theirs = (
-                json.loads((folder / name).read_text()) for folder in (run.model_path, tmp_path / "memory")
-            )
+            folders = (run.model_path, tmp_path / "memory")
+            mine, theirs = (json.loads((folder / name).read_text()) for folder in folders)
             mine.get("text_config", {}).pop("_name_or_path", None)
             theirs.get("text_config", {}).pop("_name_or_path", None)
             assert mine == theirs, name
@@ -167,10 +166,8 @@ class TestSameAsInMemory:
         text_config = AutoConfig.from_pretrained(run.model_path).text_config
         own_class = AutoModelForCausalLM.from_pretrained(run.model_path, config=text_config)
         assert torch.equal(own_class(ids).logits[..., :120], expected[..., :120])
-        for loaded in (
-            AutoModel.from_pretrained(run.model_path),
-            A2DForMaskedDiffusion.from_pretrained(run.model_path),
-        ):
+        for loader in (AutoModel, A2DForMaskedDiffusion):
+            loaded = loader.from_pretrained(run.model_path)
             logits = loaded(ids, attention_pattern="causal").logits
             assert torch.equal(logits[..., :120], expected[..., :120])
         tokenizer = AutoTokenizer.from_pretrained(run.model_path)
@@ -236,7 +233,7 @@ class TestProof:
             target.write_bytes(data)
 
         monkeypatch.setattr(zero_copy, "rewrite_file", flipping)
-        with pytest.raises(GateFailed, match="1 tensor.* differ from the parent's"):
+        with pytest.raises(GateFailed, match="2 tensor.* differ from the parent's"):
             convert(sharded(tmp_path / "parent"), tmp_path / "run")
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["events.jsonl", "manifest.json"]
 
