@@ -268,7 +268,7 @@ def _detect(settings: ConversionSettings) -> list[str]:
     """The capabilities that detect finds in the parent; refuses what does not convert."""
     from .detection import detect
 
-    path, name = locate(settings.source)
+    path, name = locate(settings.source, download=settings.download)
     read_config(path)
     found = detect(path)
     reasons = [reason for reason in found.reasons if reason.code != "code.remote" or not settings.trust_remote_code]

@@ -181,7 +181,7 @@ def streamed_identity(shrunk: GateResult, streamed: GateResult) -> GateResult:
     detail: dict[str, Any] = {
         "mode": "shrunk+streamed",
         # The number that a reader of any manifest looks for: the larger of the two.
-        "max_abs_diff": max(shrunk.detail["max_abs_diff"], streamed.detail["max_abs_diff"]),
+        "max_abs_diff": float(torch.tensor([half.detail["max_abs_diff"] for half in (shrunk, streamed)]).max()),
         "shrunk": shrunk.detail,
         "streamed": streamed.detail,
     }

@@ -6,6 +6,7 @@ into checkpoints.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,16 @@ class GateResult:
     detail: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "message": self.message, "detail": self.detail}
+        return {"name": self.name, "passed": self.passed, "message": self.message, "detail": _for_json(self.detail)}
+
+
+def _for_json(value: Any) -> Any:
+    """The same with `"nan"` and `"inf"` spelled out: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {name: _for_json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_for_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def longest_window(model: PreTrainedModel) -> int | None:

@@ -22,9 +22,8 @@ from tests.conftest import FAMILIES, tiny_model, tiny_tokenizer
 
 def empty_and_stored(folder):
     """The model of a folder without its numbers, and its stored tensors."""
-    return empty_parent(AutoConfig.from_pretrained(folder), torch.float32), stored_tensors(
-        folder, find_weights(folder)[0]
-    )
+    stored = stored_tensors(folder, find_weights(folder)[0])
+    return empty_parent(AutoConfig.from_pretrained(folder), torch.float32), stored
 
 
 class TestLayerStream:
@@ -107,7 +106,7 @@ def test_auto_asks_the_memory(make_checkpoint, tmp_path, monkeypatch):
     folder = make_checkpoint("llama")
     size = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
     for available, mode in ((4 * size, "shrunk+streamed"), (4 * size + 16, "full")):
-        monkeypatch.setattr(surgery, "available_memory", lambda: available)
+        monkeypatch.setattr(surgery, "available_memory", lambda available=available: available)
         run = convert(folder, tmp_path / mode)
         assert run.manifest["gates"]["identity"]["detail"]["mode"] == mode
 
