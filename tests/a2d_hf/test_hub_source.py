@@ -73,15 +73,15 @@ def test_a_cache_with_a_config_only_says_so_too(cache, parent, tmp_path):
 
 
 def test_download_fetches_what_is_needed_and_nothing_twice(cache, parent, tmp_path, monkeypatch):
-    listed = [
-        *(file.name for file in parent.iterdir()),
-        "pytorch_model.bin",
-        "consolidated.safetensors",
-        "onnx/m.onnx",
-    ]
+    extra = ["pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx"]
+    listed = [*(file.name for file in parent.iterdir()), *extra]
     asked = {}
 
-    def snapshot_download(repo_id, **kwargs):
+    from_cache = huggingface_hub.snapshot_download
+
+    def snapshot_download(repo_id, local_files_only=False, **kwargs):
+        if local_files_only:
+            return from_cache(repo_id, local_files_only=True)
         asked.update(kwargs, repo_id=repo_id)
         return str(fill(cache, parent))
 
@@ -93,6 +93,12 @@ def test_download_fetches_what_is_needed_and_nothing_twice(cache, parent, tmp_pa
         listed, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert set(filtered) == {file.name for file in parent.iterdir()}
+
+
+def test_a_whole_cache_makes_no_request(cache, parent, tmp_path, monkeypatch):
+    fill(cache, parent)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: pytest.fail("asked the Hub"))
+    assert convert("some/model", tmp_path / "run", download=True).status == "completed"
 
 
 def test_pickles_only_where_there_is_nothing_else():
