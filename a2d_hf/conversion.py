@@ -210,7 +210,7 @@ def _operate(
             console.warn(note)
         results, skipped = _measure_parent(operation, data, console)
 
-        console.step("Gates" + ("" if operation.mode == "full" else " (streamed: the weights do not fit twice)"))
+        console.step("Gates" + ("" if operation.mode == "full" else " (streamed from disk)"))
         started = time.monotonic()
         gates = surgery.prove(operation, settings.seed, lambda result: _show_gate(result, run, console), console)
         run.update(
