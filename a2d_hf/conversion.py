@@ -14,6 +14,8 @@ there: that is what makes an unbroken run and a resumed one equal.
 """
 
 import json
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,13 +162,16 @@ def _convert(run: RunDirectory, settings: ConversionSettings, console: Console) 
     if settings.data is not None:
         rows = read_rows(settings.data)
         _same_data(run, rows.sha256)
+    started = time.monotonic()
     provenance = _fingerprint(run, source, console)
+    run.update(seconds={"hash": round(time.monotonic() - started, 2)})
 
     from .ingest import discard, prepared_source
     from .provenance import hardware, library_versions
 
     run.update(source=provenance, capabilities=capabilities)
     run.update(versions=library_versions(), hardware=hardware())
+    # Weights that are not those of a plain text model in safetensors are normalised first, into a folder of the run's.
     staging = run.path / STAGING
     try:
         with _own_progress_only():
@@ -180,65 +185,96 @@ def _convert(run: RunDirectory, settings: ConversionSettings, console: Console) 
 def _operate(
     run: RunDirectory, settings: ConversionSettings, source: Source, rows: Rows | None, console: Console
 ) -> None:
-    """Converts in memory, proves it, saves `model/`."""
-    from . import evaluate, surgery
+    """Writes the conversion, proves it, and only then lets it appear as `model/`."""
+    from . import surgery
+    from .atomic_files import replaced_folder
+    from .machine_memory import peak_memory
     from .provenance import checkpoint_manifest
 
-    operation = surgery.operate(source, settings)
-    if "pos.alibi" in run.manifest["capabilities"] and not operation.model.alibi_layers:
-        raise Refused(
-            f"{source.name} adds its ALiBi bias in a way that is not known here: opened, it would favour the keys "
-            "furthest to the right instead of the nearest."
+    console.step(f"Writing {run.model_path}")
+    with replaced_folder(run.model_path) as folder:
+        operation = surgery.operate(source, settings, folder, console)
+        if "pos.alibi" in run.manifest["capabilities"] and not operation.description.alibi_layers:
+            raise Refused(
+                f"{source.name} adds its ALiBi bias in a way that is not known here: opened, it would favour the keys "
+                "furthest to the right instead of the nearest."
+            )
+        mask = operation.mask_token.to_dict()
+        data = None
+        if rows is not None:
+            from .training_run import prepare_data
+
+            context = operation.description.config.max_position_embeddings
+            data = prepare_data(rows, operation.tokenizer, settings, context)
+        console.note(f"{source.config['model_type']}, {operation.parameters:,} parameters, {size(source.bytes)}")
+        console.note(
+            f"mask token {mask['token']} with id {mask['id']} ({mask['strategy'].replace('_', ' ')}), "
+            f"{mask['rows_before']} to {mask['rows_after']} embedding rows"
         )
-    mask = operation.model.mask_token.to_dict()
-    data = None
-    if rows is not None:
-        from .training_run import prepare_data
+        console.note(_what_became(operation.weights) + f" ({operation.seconds:.1f} s)")
+        for note in data.facts["notes"] if data else ():
+            console.warn(note)
+        results, skipped = _measure_parent(operation, data, console)
 
-        data = prepare_data(rows, operation.tokenizer, settings, operation.model.config.max_position_embeddings)
-    parameters = sum(parameter.numel() for parameter in operation.parent.parameters())
-    console.note(f"{source.config['model_type']}, {parameters:,} parameters, {size(source.bytes)}")
-    console.note(
-        f"mask token {mask['token']} with id {mask['id']} ({mask['strategy'].replace('_', ' ')}), "
-        f"{mask['rows_before']} to {mask['rows_after']} embedding rows"
-    )
-    for note in data.facts["notes"] if data else ():
-        console.warn(note)
-    results: dict[str, Any] = {}
-    if data and data.held_out:
-        # Before the gates: the identity gate grows the parent's embeddings to compare like with like.
-        nll = evaluate.autoregressive_nll(operation.parent, evaluate.usable_rows(data.held_out, QUICK_EVAL_TOKENS))
-        console.note(f"NLL of the parent on held-out text: {nll}")
-        results["parent_nll"] = nll.to_dict()
+        console.step("Gates" + ("" if operation.mode == "full" else " (streamed from disk)"))
+        started = time.monotonic()
+        gates = surgery.prove(operation, settings.seed, lambda result: _show_gate(result, run, console), console)
+        run.update(
+            mask_token=mask,
+            weights=operation.weights,
+            gates=gates,
+            parameters=operation.parameters,
+            results=results,
+            skipped=skipped,
+            seconds=run.manifest["seconds"]
+            | {"surgery": round(operation.seconds, 2), "gates": round(time.monotonic() - started, 2)},
+            peak_memory={"surgery": operation.peak_memory, "gates": peak_memory()},
+        )
+        failed = [gate for gate in gates.values() if not gate["passed"]]
+        if failed:
+            message = f"The {failed[0]['name']} gate failed: {failed[0]['message']}"
+            raise GateFailed(f"{message} Nothing was trained or saved.")
+        operation.parent = None
 
-    console.step("Gates")
-    gates = surgery.prove(operation, settings.seed, lambda result: _show_gate(result, run, console))
-    run.update(mask_token=mask, gates=gates, parameters=parameters, results=results)
-    failed = [gate for gate in gates.values() if not gate["passed"]]
-    if failed:
-        raise GateFailed(f"The {failed[0]['name']} gate failed: {failed[0]['message']} Nothing was trained or saved.")
-    del operation.parent
+        if operation.model is not None and data and data.held_out:
+            results["nelbo_before"] = _nelbo("before", operation.model, data.held_out, settings, console)
+        run.update(results=results, data=data.facts if data else None, training=None)
+        if data:
+            from .training_run import write_held_out
 
-    if data and data.held_out:
-        results["nelbo_before"] = _nelbo("before", operation.model, data.held_out, settings, console)
-    run.update(results=results, data=data.facts if data else None, training=None)
-    console.step(f"Saving {run.model_path}")
-    if data:
-        from .training_run import write_held_out
-
-        write_held_out(run, data.held_out)
-    surgery.save_checkpoint(
-        run.model_path, operation.model, operation.tokenizer, operation.dtypes, checkpoint_manifest(run.manifest)
-    )
+            write_held_out(run, data.held_out)
+        surgery.finish_checkpoint(operation, checkpoint_manifest(run.manifest))
     run.update(stage="converted")
     run.event("model_saved", path="model", trained=False)
+
+
+def _what_became(weights: dict[str, Any]) -> str:
+    """What was done with the weight files, as people say it."""
+    counts = Counter(weights["files"].values())
+    files = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    return f"weight files: {files}; {weights.get('tensors_identical', 0)} of {weights['tensors']} tensors untouched"
+
+
+def _measure_parent(operation: Any, data: Any, console: Console) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is measured before the gates, which grow the parent's embeddings to compare like with like; or why not."""
+    from . import evaluate
+
+    if not data or not data.held_out:
+        return {}, {}
+    if operation.parent is None:
+        reason = "the weights are proven from disk, layer by layer: the whole model was never in memory"
+        console.warn(f"NLL of the parent and NELBO before training are not measured: {reason}.")
+        return {}, dict.fromkeys(("parent_nll", "nelbo_before"), reason)
+    nll = evaluate.autoregressive_nll(operation.parent, evaluate.usable_rows(data.held_out, QUICK_EVAL_TOKENS))
+    console.note(f"NLL of the parent on held-out text: {nll}")
+    return {"parent_nll": nll.to_dict()}, {}
 
 
 def _detect(settings: ConversionSettings) -> list[str]:
     """The capabilities that detect finds in the parent; refuses what does not convert."""
     from .detection import detect
 
-    path, name = locate(settings.source)
+    path, name = locate(settings.source, download=settings.download)
     read_config(path)
     found = detect(path)
     reasons = [reason for reason in found.reasons if reason.code != "code.remote" or not settings.trust_remote_code]
@@ -302,16 +338,18 @@ def _train(run: RunDirectory, settings: ConversionSettings, console: Console) ->
 
 def _train_on(rows: Rows, run: RunDirectory, settings: ConversionSettings, console: Console) -> None:
     """Trains, measures and saves."""
+    import torch
+
     from . import surgery, training_run
+    from .ingest import stored_dtypes
     from .modeling.modeling_a2d import A2DForMaskedDiffusion
     from .provenance import checkpoint_manifest
 
     tokenizer = surgery.load_tokenizer(run.model_path, settings.trust_remote_code)
     model = A2DForMaskedDiffusion.from_pretrained(
-        run.model_path, dtype="auto", trust_remote_code=settings.trust_remote_code
+        run.model_path, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
     )
-    dtypes = surgery.parameter_dtypes(model)
-    model.float()
+    dtypes = stored_dtypes(inspect_source(run.model_path), model.backbone)
     data = training_run.prepare_data(rows, tokenizer, settings, model.config.max_position_embeddings)
     facts = training_run.train(run, settings, model, tokenizer, data, console)
     # What is measured is what is stored: the parent's own precision.

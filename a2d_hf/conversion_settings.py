@@ -12,6 +12,7 @@ from .errors import BadInput
 
 OBJECTIVES = ("mdlm",)
 SLIDING_WINDOWS = ("keep", "open")
+GATES = ("auto", "full", "streamed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 LONGEST_DEFAULT_ROW = 1024
 # Adam's best learning rate falls with the width of a model (muP, https://huggingface.co/papers/2203.03466). The anchor
@@ -34,6 +35,11 @@ class ConversionSettings:
         mask_token_id (`int`, *optional*): an id that no text uses; chosen by the mask-token policy by default.
         allow_hybrid (`bool`, *optional*, defaults to `False`): convert a parent whose recurrent layers stay causal.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run Python code found in the parent's folder.
+        download (`bool`, *optional*, defaults to `False`): fetch a Hub id that is not in the local cache.
+        copy (`bool`, *optional*, defaults to `False`): copy weight files that could be shared with the parent.
+        gates (`str`, *optional*, defaults to `"auto"`): `full` on the real weights in memory, `streamed` for those
+            that do not fit (full windows on the architecture shrunk, a short identity on the real weights layer by
+            layer), or whichever the memory allows.
         held_out (`float`, *optional*, defaults to 0.05): share of the data that is kept for evaluation.
         max_length (`int`, *optional*): most tokens in a row; the parent's context, but at most 1024, by default.
         epochs (`float`, *optional*, defaults to 3): passes over the data.
@@ -55,6 +61,9 @@ class ConversionSettings:
     mask_token_id: int | None = None
     allow_hybrid: bool = False
     trust_remote_code: bool = False
+    download: bool = False
+    copy: bool = False
+    gates: str = "auto"
     held_out: float = 0.05
     max_length: int | None = None
     epochs: float = 3.0
@@ -69,6 +78,7 @@ class ConversionSettings:
     def __post_init__(self):
         _one_of("--objective", self.objective, OBJECTIVES)
         _one_of("--sliding-window", self.sliding_window, SLIDING_WINDOWS)
+        _one_of("--gates", self.gates, GATES)
         _one_of("--device", self.device, DEVICES)
         for flag, value, least in (
             ("--mask-token-id", self.mask_token_id, 0),

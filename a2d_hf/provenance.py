@@ -15,7 +15,9 @@ from .run_directory import SCHEMA_VERSION
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "safetensors", "trl")
 # What only says where files lay or which machine was at work.
-_LOCAL_SETTINGS = ("source", "data", "device", "save_steps")
+_LOCAL_SETTINGS = ("source", "data", "device", "save_steps", "download", "copy", "gates")
+# Which files are shared with the parent's folder is this machine's business; which tensors changed is everybody's.
+_OF_WEIGHTS = ("tensors", "tensors_identical", "tensors_written")
 
 
 def library_versions() -> dict[str, str]:
@@ -62,6 +64,7 @@ def checkpoint_manifest(run_manifest: dict[str, Any]) -> dict[str, Any]:
         "config": {name: value for name, value in run_manifest["config"].items() if name not in _LOCAL_SETTINGS},
         "ingest": run_manifest["ingest"],
         "mask_token": run_manifest["mask_token"],
+        "weights": {name: value for name, value in run_manifest["weights"].items() if name in _OF_WEIGHTS},
         "gates": run_manifest["gates"],
         "data": run_manifest["data"],
         "training": run_manifest["training"],

@@ -86,13 +86,14 @@ def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str
     return digest.hexdigest()
 
 
-def locate(source: str | Path, argument: str = "SRC") -> tuple[Path, str]:
+def locate(source: str | Path, argument: str = "SRC", download: bool = False) -> tuple[Path, str]:
     """
-    The folder of a local path or of a Hub id that is in the local cache. Never downloads.
+    The folder of a local path or of a Hub id that is in the local cache.
 
     Args:
         source (`str` or `Path`): a folder, or `organisation/name`.
         argument (`str`, *optional*, defaults to `"SRC"`): what the user calls it.
+        download (`bool`, *optional*, defaults to `False`): fetch what the cache lacks of a Hub id.
 
     Returns:
         `tuple[Path, str]`: the folder, and the name to call the model by.
@@ -108,15 +109,9 @@ def locate(source: str | Path, argument: str = "SRC") -> tuple[Path, str]:
     text = str(source)
     if text.count("/") != 1 or not HUB_ID.fullmatch(text):
         raise BadInput(f"{argument} {source} does not exist: give a folder, or a Hub id such as Qwen/Qwen3-0.6B.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from .hub_source import cached_snapshot, download_snapshot
 
-    try:
-        return Path(snapshot_download(text, local_files_only=True)), text
-    except LocalEntryNotFoundError as error:
-        raise BadInput(
-            f"{argument} {source} is neither a folder nor in the local Hub cache: run `hf download {text}` first."
-        ) from error
+    return (download_snapshot if download else cached_snapshot)(text, argument), text
 
 
 def inspect_source(source: str | Path, argument: str = "SRC") -> Source:
@@ -135,7 +130,14 @@ def inspect_source(source: str | Path, argument: str = "SRC") -> Source:
     """
     path, name = locate(source, argument)
     config = read_config(path)
-    weights, index = find_weights(path)
+    try:
+        weights, index = find_weights(path)
+    except BadInput as error:
+        if "/" not in name:
+            raise
+        from .hub_source import download_line
+
+        raise BadInput(f"{error} To fetch it whole, pass --download or run `{download_line(name)}`.") from error
     tokenizer = [file for file in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS) if (path / file).is_file()]
     if not any(file in TOKENIZER_FILES for file in tokenizer):
         raise BadInput(f"{path} has no tokenizer: copy the parent's tokenizer.json and tokenizer_config.json there.")

@@ -44,9 +44,23 @@ def write_checkpoint(
     if state_dict is not None:
         prefix = f"{model.base_model_prefix}."
         state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    if is_main_process and folder.is_dir():
+        for file in folder.glob("*.safetensors"):
+            if file.stat().st_nlink > 1:  # shared with the parent's folder, and some writers write in place
+                file.unlink()
     model.backbone.save_pretrained(folder, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-    if not is_main_process:
-        return
+    if is_main_process:
+        write_description(model, folder)
+
+
+def write_description(model: PreTrainedModel, folder: Path) -> None:
+    """
+    Writes what is no weight: this model's configuration, the code that reads it and the generation settings.
+
+    Args:
+        model (`A2DForMaskedDiffusion`): what to describe; may be on the meta device.
+        folder (`Path`): where.
+    """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.backbone.dtype
     for file in (MODEL_FILE, *get_relative_import_files(MODEL_FILE)):

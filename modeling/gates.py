@@ -6,7 +6,8 @@ into checkpoints.
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,16 @@ class GateResult:
     detail: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "message": self.message, "detail": self.detail}
+        return {"name": self.name, "passed": self.passed, "message": self.message, "detail": _for_json(self.detail)}
+
+
+def _for_json(value: Any) -> Any:
+    """The same with `"nan"` and `"inf"` spelled out: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {name: _for_json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_for_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def longest_window(model: PreTrainedModel) -> int | None:
@@ -286,32 +296,35 @@ def reach_gate(model: A2DForMaskedDiffusion, *, seed: int = 0) -> GateResult:
 
 
 @torch.no_grad()
-def mask_row_gate(model: A2DForMaskedDiffusion) -> GateResult:
+def mask_row_gate(model: A2DForMaskedDiffusion, matrices: Sequence[torch.Tensor] | None = None) -> GateResult:
     """
     The mask token is no token of the text, and its rows are trained, or the mean of the trained rows: never random,
     never near zero.
 
     Args:
         model ([`A2DForMaskedDiffusion`]): the conversion, straight after it was made.
+        matrices (`Sequence[torch.Tensor]`, *optional*): its embedding matrices, the input one first, where they are
+            not in the model but in its files; anything that has a shape and gives rows by slice.
 
     Returns:
         [`GateResult`]
     """
     choice: MaskToken | None = model.mask_token
+    matrices = embedding_matrices(model) if matrices is None else matrices
     token_id = model.config.mask_token_id
     detail: dict[str, Any] = {"mask_token_id": token_id} | ({} if choice is None else choice.to_dict())
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = matrices[0].shape[0]
     used = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
     if token_id is None or not 0 <= token_id < rows:
         return GateResult("mask_row", False, f"The mask token {token_id} has no row among {rows}.", detail)
     if token_id in used and (choice is None or choice.strategy != "given"):
         return GateResult("mask_row", False, f"The mask token {token_id} is also a token of the text.", detail)
     if choice is not None and choice.row_initialized:
-        for matrix in embedding_matrices(model):
+        for matrix in matrices:
             mean = mean_of_trained_rows(matrix, choice)
             if not all(torch.equal(matrix[row], mean) for row in written_rows(choice)):
                 return GateResult("mask_row", False, "A new mask row is not the mean of the trained rows.", detail)
         return GateResult("mask_row", True, f"Mask token {token_id}: the mean of the trained rows.", detail)
-    if is_near_zero(embedding_matrices(model)[0], token_id):
+    if is_near_zero(matrices[0], token_id):
         return GateResult("mask_row", False, f"The row of mask token {token_id} is near zero.", detail)
     return GateResult("mask_row", True, f"Mask token {token_id}: the parent's own trained row.", detail)

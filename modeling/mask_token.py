@@ -24,6 +24,9 @@ RESERVED = re.compile(
 )
 # A row whose norm is this far below the usual was never trained.
 NEAR_ZERO = 0.1
+# Rows of a matrix that are looked at together: it may lie in a file and be larger than memory. Few enough for a
+# processor's cache: sixteen times as many took sixteen times as long.
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def prepare_mask_rows(model: PreTrainedModel, choice: MaskToken) -> MaskToken:
     """
     Grows the embeddings where the mask token has no row, and gives an untrained mask row the mean of the trained rows
     (the same for an untied output row). A random or near-zero row would make gradients blow up (LLaDA2.0,
-    https://huggingface.co/papers/2512.15745).
+    https://huggingface.co/papers/2512.15745). On the meta device, where there are no numbers, the matrices only grow:
+    the rows are then the business of whoever writes the files.
 
     Args:
         model (`PreTrainedModel`): the autoregressive parent; changed in place.
@@ -125,8 +129,7 @@ def prepare_mask_rows(model: PreTrainedModel, choice: MaskToken) -> MaskToken:
     if choice.rows_after != choice.rows_before:
         model.resize_token_embeddings(choice.rows_after, mean_resizing=False)
     matrices = embedding_matrices(model)
-    untrained = choice.strategy in ("free_row", "reserved", "grow") or is_near_zero(matrices[0], choice.id)
-    if not untrained:
+    if matrices[0].is_meta or not rows_are_untrained(matrices[0], choice):
         return choice
     for matrix in matrices:
         matrix[written_rows(choice)] = mean_of_trained_rows(matrix, choice)
@@ -149,15 +152,33 @@ def written_rows(choice: MaskToken) -> list[int]:
     return sorted({choice.id, *range(choice.rows_before, choice.rows_after)})
 
 
+def rows_are_untrained(matrix_VD: torch.Tensor, choice: MaskToken) -> bool:
+    """Whether nothing has trained the mask token's row: it is new, stands for no token, or is near zero."""
+    grown = choice.rows_after != choice.rows_before
+    return grown or choice.strategy in ("free_row", "reserved", "grow") or is_near_zero(matrix_VD, choice.id)
+
+
 def mean_of_trained_rows(matrix: torch.Tensor, choice: MaskToken) -> torch.Tensor:
-    """The mean over the rows of the vocabulary's own tokens, taken in fp32."""
-    trained_V = torch.zeros(matrix.shape[0], dtype=torch.bool, device=matrix.device)
-    trained_V[: min(choice.trained_rows, choice.rows_before)] = True
-    trained_V[written_rows(choice)] = False
-    return matrix[trained_V].float().mean(dim=0).to(matrix.dtype)
+    """
+    The mean over the rows of the vocabulary's own tokens, to fp32 precision in the matrix's own type.
+
+    Summed in fp64 on the CPU, a fixed number of rows at a time: the number is the same on every device, and for a
+    matrix that is read from its file piece by piece.
+    """
+    stop, written = min(choice.trained_rows, choice.rows_before, matrix.shape[0]), set(written_rows(choice))
+    total, count = torch.zeros(tuple(matrix.shape[1:]), dtype=torch.float64), 0
+    for start in range(0, stop, _ROWS_AT_ONCE):
+        end = min(start + _ROWS_AT_ONCE, stop)
+        piece = matrix[start:end]
+        if not written.isdisjoint(range(start, end)):
+            piece = piece[[row - start for row in range(start, end) if row not in written]]
+        total += piece.cpu().double().sum(dim=0)
+        count += len(piece)
+    return (total / count).float().to(matrix.device, matrix.dtype)
 
 
 def is_near_zero(matrix_VD: torch.Tensor, row: int) -> bool:
     """Whether a row's norm says that it was never trained."""
-    norms_V = matrix_VD.float().norm(dim=-1)
+    pieces = range(0, matrix_VD.shape[0], _ROWS_AT_ONCE)
+    norms_V = torch.cat([matrix_VD[start : start + _ROWS_AT_ONCE].float().norm(dim=-1) for start in pieces])
     return bool(norms_V[row] < NEAR_ZERO * norms_V.median())

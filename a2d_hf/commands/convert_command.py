@@ -3,7 +3,7 @@
 import argparse
 
 from ..console import Console
-from ..conversion_settings import DEVICES, OBJECTIVES, SLIDING_WINDOWS, ConversionSettings
+from ..conversion_settings import DEVICES, GATES, OBJECTIVES, SLIDING_WINDOWS, ConversionSettings
 from ..run_directory import RunDirectory
 
 
@@ -37,6 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code found in the parent's folder"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch SRC from the Hub where the cache lacks it")
+    parser.add_argument("--copy", action="store_true", help="copy weights instead of sharing the parent's files")
+    parser.add_argument(
+        "--gates", choices=GATES, default=DEFAULTS.gates, help="prove on weights in memory, or streamed from disk"
     )
     training = parser.add_argument_group("training, with --data")
     training.add_argument(

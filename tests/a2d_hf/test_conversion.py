@@ -186,7 +186,7 @@ class TestFullDisk:
         def full(self, *args, **kwargs):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(A2DForMaskedDiffusion, "save_pretrained", full)
+        monkeypatch.setattr("a2d_hf.zero_copy.rewrite_file", full)
         with pytest.raises(SaveFailed, match="No space left to write .*model"):
             convert(make_checkpoint("llama"), tmp_path / "run")
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["events.jsonl", "manifest.json"]

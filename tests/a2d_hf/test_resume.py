@@ -102,14 +102,27 @@ def after(function: Callable) -> Callable:
     return call
 
 
+def before_the_stage(stage: str) -> Callable:
+    """A kill after the files of a stage are complete and before the manifest says so."""
+    update = RunDirectory.update
+
+    def call(run, **fields):
+        if fields.get("stage") == stage:
+            kill_self()
+        update(run, **fields)
+
+    return call
+
+
 MOMENTS = {
     "before the parent is read": lambda p: p.setattr(conversion, "inspect_source", kill_self),
     "before the gates": lambda p: p.setattr(surgery, "mask_row_gate", kill_self),
     "between the gates": lambda p: p.setattr(surgery, "reach_gate", kill_self),
     "while the untrained model is written": lambda p: p.setattr(surgery, "write_model_card", kill_self),
-    "after the untrained model is written": lambda p: p.setattr(
-        surgery, "save_checkpoint", after(surgery.save_checkpoint)
+    "after the untrained weights are written": lambda p: p.setattr(
+        surgery, "write_weights", after(surgery.write_weights)
     ),
+    "after the untrained model is written": lambda p: p.setattr(RunDirectory, "update", before_the_stage("converted")),
     "before the first checkpoint": lambda p: p.setattr(
         MDLMTrainer, "training_step", at_call(2, MDLMTrainer.training_step)
     ),
