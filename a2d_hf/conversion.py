@@ -187,8 +187,9 @@ def _operate(
     mask = operation.model.mask_token.to_dict()
     data = None
     if rows is not None:
-        from .training_run import prepare_data
+        from .training_run import adapter_config, prepare_data
 
+        adapter_config(settings, operation.model)  # names layers that are not there before anything is written
         data = prepare_data(rows, operation.tokenizer, settings, operation.model.config.max_position_embeddings)
     parameters = sum(parameter.numel() for parameter in operation.parent.parameters())
     console.note(f"{source.config['model_type']}, {parameters:,} parameters, {size(source.bytes)}")

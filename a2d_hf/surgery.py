@@ -18,6 +18,7 @@ from .atomic_files import replaced_folder, write_json
 from .conversion_settings import ConversionSettings
 from .errors import BadInput
 from .model_card import write_model_card
+from .modeling.attention_pattern import AttentionPattern
 from .modeling.gates import GateResult, identity_gate, mask_row_gate, reach_gate
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 from .source import Source
@@ -135,7 +136,7 @@ def operate(source: Source, settings: ConversionSettings) -> Operation:
             source.path,
             tokenizer=tokenizer,
             mask_token_id=settings.mask_token_id,
-            objective=settings.objective,
+            **settings.model_fields,
             token_shift=settings.token_shift,
             sliding_window=settings.sliding_window,
             allow_hybrid=settings.allow_hybrid,
@@ -144,7 +145,20 @@ def operate(source: Source, settings: ConversionSettings) -> Operation:
             local_files_only=True,
             weights_only=True,
         )
-    return Operation(model.eval(), parent, tokenizer, dtypes)
+    _check_blocks(model.eval(), settings)
+    return Operation(model, parent, tokenizer, dtypes)
+
+
+@torch.no_grad()
+def _check_blocks(model: A2DForMaskedDiffusion, settings: ConversionSettings) -> None:
+    """One pass over a doubled sequence, which recurrent layers and some old position embeddings cannot read."""
+    if settings.objective != "bd3lm":
+        return
+    ids_1C = torch.zeros((1, 4), dtype=torch.long)
+    try:
+        model(input_ids=ids_1C, attention_pattern=AttentionPattern.bd3lm(1), logits_mask=ids_1C.bool())
+    except ValueError as error:
+        raise BadInput(f"--objective bd3lm cannot serve this model: {first_sentence(error)}") from error
 
 
 def prove(operation: Operation, seed: int, report: Callable[[GateResult], None]) -> dict[str, dict[str, Any]]:

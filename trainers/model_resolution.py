@@ -5,6 +5,7 @@ Owns loading, wrapping and adapters. Never copies weights: a model object that i
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,10 @@ def add_adapter(
             peft_config.trainable_token_indices = [model.config.mask_token_id]
     if model.mask_token is not None:
         model.name_or_path = _save_base(model, tokenizer, args)
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, peft_config)
 
 
 def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: A2DTrainingConfig) -> str:
