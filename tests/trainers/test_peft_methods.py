@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from a2d_hf.modeling import A2DForMaskedDiffusion
+from a2d_hf.modeling import A2DConfig, A2DForMaskedDiffusion
 from a2d_hf.trainers import MDLMTrainer
 from a2d_hf.trainers.model_resolution import add_adapter
 from tests.conftest import tiny_model, tiny_tokenizer
@@ -153,8 +153,6 @@ def test_qlora_trains_saves_reloads_and_merges_into_a_fresh_base(dora, wide_chec
     trained = run.model.eval()(input_ids=ids).logits
 
     # The same quantised base, loaded anew.
-    again = qlora(wide_checkpoint, tmp_path / "again", max_steps=1).model.get_base_model()
-    del again.peft_config
     quantized = A2DForMaskedDiffusion.from_pretrained(
         wide_checkpoint, tokenizer=tiny_tokenizer(), quantization_config=nf4(), dtype=torch.float32
     )
@@ -208,7 +206,7 @@ def test_attention_lora_of_llama_3_2_1b_has_the_published_number_of_parameters(t
         parent = AutoModelForCausalLM.from_config(llama_3_2_1b())
     assert parent.num_parameters() == 1_235_814_400
     parent.resize_token_embeddings(128257, mean_resizing=False)
-    model = A2DForMaskedDiffusion.from_causal_lm(parent, mask_token_id=128256)
+    model = A2DForMaskedDiffusion(A2DConfig(text_config=parent.config, mask_token_id=128256), backbone=parent)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
         r=8,
