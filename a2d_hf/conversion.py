@@ -202,8 +202,9 @@ def _operate(
         mask = operation.mask_token.to_dict()
         data = None
         if rows is not None:
-            from .training_run import prepare_data
+            from .training_run import adapter_config, prepare_data
 
+            adapter_config(settings, operation.description)  # names layers that are not there before a gate is run
             context = operation.description.config.max_position_embeddings
             data = prepare_data(rows, operation.tokenizer, settings, context)
         console.note(f"{source.config['model_type']}, {operation.parameters:,} parameters, {size(source.bytes)}")

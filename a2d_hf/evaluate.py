@@ -3,10 +3,12 @@
 Owns the NELBO estimate of a masked diffusion model, the NLL of its autoregressive parent on the same tokens, and the
 accuracy of single predictions by how much is masked. Reads models and rows, trains nothing, and is a pure function of
 (model, rows, seed): masks are keyed by (seed, row, draw, position), so neither the batch size nor the order matters.
+A model of block diffusion is asked as it was trained: `[x_t ; x_0]`, every block after clean ones.
 
 Shapes: B sequences of one forward pass, L tokens, N positions that are scored.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import BadInput
+from .modeling.attention_pattern import AttentionPattern
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 from .trainers.diffusion_noise import random_bits
 
 
 # What a draw is for; far from the trainer's own purposes, so that no draw of theirs is repeated here.
-MASK_COUNT, MASK_PLACES, RATIO_PLACES = 101, 102, 103
+MASK_COUNT, MASK_PLACES, RATIO_PLACES, BLOCK_MASK_COUNT = 101, 102, 103, 104
 BITS = 53
 MC_SAMPLES = 8  # masks drawn per row unless told otherwise
 LOGITS_AT_ONCE = 2**28  # numbers in the scores of one forward pass: 1 GiB in fp32
@@ -108,13 +111,38 @@ def _masked_places(purpose: int, seed: int, row: int, draw: int, positions: Sequ
     return sorted(positions[int(i)] for i in order)
 
 
-def stratified_count(seed: int, row: int, draw: int, draws: int, total: int) -> int:
+def stratified_count(seed: int, row: int, draw: int, draws: int, total: int, block: int | None = None) -> int:
     """
-    How many of `total` tokens to mask in one of `draws` draws: uniform on {1, ..., total}, one draw from each of
-    `draws` equal strata.
+    How many of `total` tokens, of a row or of one of its blocks, to mask in one of `draws` draws: uniform on
+    {1, ..., total}, one draw from each of `draws` equal strata.
     """
-    fraction = int(random_bits(MASK_COUNT, seed, row, draw)) / 2.0**BITS
+    keys = (MASK_COUNT, seed, row, draw) if block is None else (BLOCK_MASK_COUNT, seed, row, draw, block)
+    fraction = int(random_bits(*keys)) / 2.0**BITS
     return min(int((draw + fraction) / draws * total), total - 1) + 1
+
+
+def blocks_of(places: Sequence[int], block_size: int | None) -> list[list[int]]:
+    """Positions by the block they stand in, blocks counted from the row's start; all together where there is none."""
+    if block_size is None:
+        return [list(places)]
+    return [list(group) for _, group in itertools.groupby(places, key=lambda place: place // block_size)]
+
+
+def _block_size(model: A2DForMaskedDiffusion) -> int | None:
+    return model.config.block_size if model.config.objective == "bd3lm" else None
+
+
+def _draw(
+    seed: int, row: int, draw: int, draws: int, places: Sequence[int], block_size: int | None
+) -> tuple[list[int], list[float]]:
+    """The masked positions of one draw, in order, and what the cross-entropy of each counts."""
+    masked, weights = [], []
+    for group in blocks_of(places, block_size):
+        block = None if block_size is None else group[0] // block_size
+        count = stratified_count(seed, row, draw, draws, len(group), block)
+        masked += _masked_places(MASK_PLACES, seed, row, draw, group, count)
+        weights += [len(group) / count] * count
+    return masked, weights
 
 
 @torch.no_grad()
@@ -128,16 +156,26 @@ def _masked_forward(
         `tuple`: for each job, nats and hits in the order of its places.
     """
     length = max(len(rows[row]["input_ids"]) for row, _ in jobs)
-    shape = (len(jobs), length)
+    shape, block_size = (len(jobs), length), _block_size(model)
     ids_BL, mask_BL = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels_BL = torch.full(shape, -100, dtype=torch.long)
     for b, (row, places) in enumerate(jobs):
         ids = torch.tensor(rows[row]["input_ids"])
         ids_BL[b, : len(ids)], mask_BL[b, : len(ids)] = ids, 1
         labels_BL[b, places] = ids[places]
+    clean_BL = ids_BL.clone()
+    for b, (_, places) in enumerate(jobs):
         ids_BL[b, places] = model.config.mask_token_id
-    device = model.device
-    out = model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), labels=labels_BL.to(device))
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
+    asked = {}
+    if block_size is not None:
+        inputs = {
+            "input_ids": torch.cat([ids_BL, clean_BL], dim=1),
+            "attention_mask": mask_BL.repeat(1, 2),
+            "labels": torch.cat([labels_BL, torch.full_like(labels_BL, -100)], dim=1),
+        }
+        asked["attention_pattern"] = AttentionPattern.bd3lm(block_size, clean_context=model.config.clean_context)
+    out = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **asked)
     sizes = [len(places) for _, places in jobs]
     nats = [part.double().tolist() for part in out.token_nll.cpu().split(sizes)]
     hits = [part.tolist() for part in out.token_hit.cpu().split(sizes)]
@@ -167,7 +205,10 @@ def diffusion_nelbo(
     For a row with N scored tokens the bound is N/l times the cross-entropy summed over l masked tokens, in expectation
     over l uniform on {1, ..., N} and over all subsets of that size: equation 6 of LLaDA
     (https://huggingface.co/papers/2502.09992), equal to MDLM's integral over t with weight 1/t and of lower variance.
-    l is stratified over the draws of a row.
+    l is stratified over the draws of a row. For a model of block diffusion the same holds within each block, given the
+    clean text before it (the bound of BD3LM, https://huggingface.co/papers/2503.09573): each block has an l of its
+    own, and with blocks of one token nothing is left to chance. What fills up the last block in training is no part
+    of the text.
 
     Args:
         model ([`A2DForMaskedDiffusion`]): the model.
@@ -180,21 +221,23 @@ def diffusion_nelbo(
     Returns:
         [`Estimate`]
     """
-    positions = [scored_positions(row) for row in rows]
-    jobs = []
-    for index, places in enumerate(positions):
-        for draw in range(mc_samples):
-            count = stratified_count(seed, index, draw, mc_samples, len(places))
-            jobs.append((index, _masked_places(MASK_PLACES, seed, index, draw, places, count)))
-    draws: list[list[float]] = [[] for _ in rows]
+    positions, block_size = [scored_positions(row) for row in rows], _block_size(model)
+    repeats = mc_samples if block_size == 1 else 1  # every draw of blocks of one token is the same draw
+    draws = mc_samples // repeats
+    jobs = [
+        (index, *_draw(seed, index, draw, draws, places, block_size))
+        for index, places in enumerate(positions)
+        for draw in range(draws)
+    ]
+    found: list[list[float]] = [[] for _ in rows]
     with _evaluating(model):
         for batch in _batches(jobs, batch_size, rows, model.config.vocab_size):
-            nats, _ = _masked_forward(model, rows, batch)
-            for (index, places), values in zip(batch, nats, strict=True):
-                draws[index].append(len(positions[index]) / len(places) * math.fsum(values))
+            nats, _ = _masked_forward(model, rows, [(index, places) for index, places, _ in batch])
+            for (index, _, weights), values in zip(batch, nats, strict=True):
+                found[index].append(math.fsum(w * value for w, value in zip(weights, values, strict=True)))
             if advance is not None:
-                advance(len(batch))
-    return estimate([math.fsum(values) / mc_samples for values in draws], [len(places) for places in positions])
+                advance(len(batch) * repeats)
+    return estimate([math.fsum(values) / draws for values in found], [len(places) for places in positions])
 
 
 def masked_accuracy(
@@ -207,7 +250,8 @@ def masked_accuracy(
     advance: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """
-    Share of masked tokens that one forward pass predicts exactly, by the share that is masked.
+    Share of masked tokens that one forward pass predicts exactly, by the share that is masked. A model of block
+    diffusion predicts every block from the clean blocks before it.
 
     Returns:
         `list[dict]`: `ratio`, `accuracy` and `tokens`, one entry per ratio.

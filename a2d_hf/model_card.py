@@ -57,10 +57,14 @@ def model_card(manifest: dict[str, Any]) -> str:
         if on_hub
         else f"This is `{source['name']}`"
     )
+    kind, sight = "masked diffusion", "Every position sees every other"
+    if config["objective"] == "bd3lm":
+        kind = f"block diffusion with blocks of {config['block_size']} tokens"
+        sight = "Every position sees its block and those before it"
     parts[-1] += (
-        f", an autoregressive language model of type `{source['model_type']}`, converted to masked diffusion "
-        f"(`{config['objective']}`) with a2d_hf {manifest['a2d_hf_version']}, {trained}. Every position sees every "
-        "other; text is written by filling in mask tokens, several at a time."
+        f", an autoregressive language model of type `{source['model_type']}`, converted to {kind} "
+        f"(`{config['objective']}`) with a2d_hf {manifest['a2d_hf_version']}, {trained}. {sight}; text is written by "
+        "filling in mask tokens, several at a time."
     )
     parts.append("## Use\n\n" + LOAD_SNIPPET.format(folder="THIS_FOLDER_OR_REPO", prompt="Once upon a time"))
     parts.append("## What was proven\n\n" + _gates(manifest["gates"]))
@@ -111,6 +115,7 @@ def _conversion(manifest: dict[str, Any]) -> str:
         lines.append(
             f"- training: {training['steps']:,} steps of {training['rows_per_step']} rows of at most "
             f"{training['max_length']} tokens, learning rate {training['learning_rate']:g}, seed {config['seed']}"
+            + (f", LoRA of rank {training['adapter']['r']}, merged" if "adapter" in training else "")
         )
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     lines.append(f"- made with {versions}")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from .errors import BadInput
 from .layer_streaming import LayerStream, empty_parent
 from .modeling.attention_interface import PatternInForce, pattern_in_force
 from .modeling.attention_pattern import AttentionPattern
@@ -57,6 +58,8 @@ def shrunk_gates(config: A2DConfig, parent_config: PreTrainedConfig, seed: int =
         allow_hybrid=True,  # whether this parent may be one has been asked before
         **{name: value for name, value in config.to_dict().items() if name in fields},
     )
+    if config.objective == "bd3lm":
+        check_blocks(model)
     results = [identity_gate(model, parent, seed=seed), reach_gate(model, seed=seed)]
     for result in results:
         result.detail = {"mode": "shrunk", "lost_structure": lost, **result.detail}
@@ -64,6 +67,16 @@ def shrunk_gates(config: A2DConfig, parent_config: PreTrainedConfig, seed: int =
             result.passed = False
             result.message = f"The architecture cannot be shrunk without losing {lost[0]}: pass --gates full."
     return results
+
+
+@torch.no_grad()
+def check_blocks(model: A2DForMaskedDiffusion) -> None:
+    """One pass over a doubled sequence, which recurrent layers and some old position embeddings cannot read."""
+    ids_1C = torch.zeros((1, 4), dtype=torch.long)
+    try:
+        model(input_ids=ids_1C, attention_pattern=AttentionPattern.bd3lm(1), logits_mask=ids_1C.bool())
+    except ValueError as error:
+        raise BadInput(f"--objective bd3lm cannot serve this model: {error}") from error
 
 
 def _random_parent(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

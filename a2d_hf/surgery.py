@@ -31,7 +31,7 @@ from .modeling.mask_token import MaskToken
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 from .modeling.parent_models import check_causal_lm
 from .source import Source
-from .streamed_gates import StreamedPair, shrunk_gates, streamed_identity
+from .streamed_gates import StreamedPair, check_blocks, shrunk_gates, streamed_identity
 from .weight_files import stored_tensors
 from .zero_copy import check_weights, plan_surgery, stored_matrices, write_weights
 
@@ -187,6 +187,8 @@ def operate(source: Source, settings: ConversionSettings, folder: Path, console:
             folder, dtype=torch.float32, local_files_only=True, weights_only=True
         ).eval()
     operation.model.mask_token = mask_token
+    if settings.objective == "bd3lm":
+        check_blocks(operation.model)
     return operation
 
 
@@ -224,7 +226,7 @@ def _wrap(
         tokenizer=tokenizer,
         mask_token_id=settings.mask_token_id,
         allow_hybrid=settings.allow_hybrid,
-        objective=settings.objective,
+        **settings.model_fields,
         token_shift=settings.token_shift,
         sliding_window=settings.sliding_window,
     )

@@ -1,7 +1,7 @@
 """The training part of a run: rows in, trained weights out, stopped and continued at will.
 
-Owns how a run's settings become a trainer's configuration, what the trainer's progress looks like on the screen and in
-`events.jsonl`, when checkpoints are written, and what Ctrl-C does. The objective itself is the trainer's.
+Owns what the trainer's progress looks like on the screen and in `events.jsonl`, when checkpoints are written, what
+Ctrl-C does, and that an adapter ends in the weights. The objective itself is the trainer's.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .atomic_files import explained_writes, write_text
@@ -26,20 +27,17 @@ from .data import Rows, as_dataset, explained_tokenizing, hold_out
 from .errors import A2DError, BadInput
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 from .run_directory import RunDirectory
+from .trainer_choice import NEVER, TRAINERS, WARMUP, adapter_config, training_config
+from .trainers.a2d_config import A2DTrainingConfig
 from .trainers.checkpoints import last_complete_checkpoint
 from .trainers.dataset_preparation import PreparationReport, RowRules, prepare_dataset
-from .trainers.mdlm_config import MDLMConfig
-from .trainers.mdlm_trainer import MDLMTrainer
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WARMUP = 0.05  # share of the steps
-LOGGED_POINTS = 200  # about as many points as a loss curve can show
 # Checkpoints by time: at most a twentieth of the time goes into writing them, and at most one a minute is written.
 SAVE_EVERY_S, SAVE_SHARE = 60.0, 0.05
-NEVER = 2**31  # what the trainer is told then: a step that does not come
 
 
 @dataclass
@@ -212,8 +210,9 @@ class RunCallback(TrainerCallback):
             return
         self.run.event("train_step", step=state.global_step, **{k: _finite(v) for k, v in numbers.items()})
         self.note = f"loss {numbers['loss']:.3f}"
-        if "nelbo" in numbers:
-            self.note += f", NELBO {numbers['nelbo']:.3f}"
+        for name, label in (("nelbo", "NELBO"), ("block_size", "blocks of")):
+            if name in numbers:
+                self.note += f", {label} {numbers[name]:.4g}"
 
     def on_save(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.last_saved = time.monotonic()
@@ -233,34 +232,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def training_config(
-    run: RunDirectory, settings: ConversionSettings, hidden_size: int, rows: int, max_length: int
-) -> MDLMConfig:
-    """The trainer's configuration for a run."""
-    per_step = settings.batch_size * settings.gradient_accumulation_steps
-    steps = settings.max_steps or max(1, math.ceil(rows / per_step * settings.epochs))
-    return MDLMConfig(
-        output_dir=str(run.checkpoints_path),
-        max_steps=settings.max_steps or -1,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.peak_learning_rate(hidden_size),
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        seed=settings.seed,
-        logging_steps=max(1, round(steps / LOGGED_POINTS)),
-        save_strategy="steps",
-        save_steps=settings.save_steps or NEVER,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=settings.device == "cpu",
-        max_length=max_length,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-
-
 def train(
     run: RunDirectory,
     settings: ConversionSettings,
@@ -270,7 +241,8 @@ def train(
     console: Console,
 ) -> dict[str, Any]:
     """
-    Trains `model` in place, from the last complete checkpoint where there is one.
+    Trains `model` in place, from the last complete checkpoint where there is one; an adapter is merged into it at the
+    end.
 
     Args:
         run ([`RunDirectory`]): taken by this process.
@@ -295,11 +267,20 @@ def train(
     experts = None
     if state is not None:
         # transformers would take one step more. The weights are all that is left to fetch.
-        trained = A2DForMaskedDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
-        model.load_state_dict(trained.state_dict(), strict=True)
+        if settings.lora_r:
+            PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+        else:
+            trained = A2DForMaskedDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
+            model.load_state_dict(trained.state_dict(), strict=True)
     else:
-        state, experts = _train_steps(run, config, model, tokenizer, data, console, checkpoint)
-    return {
+        state, experts = _train_steps(run, settings, config, model, tokenizer, data, console, checkpoint)
+    facts = {}
+    if settings.objective == "bd3lm":
+        facts["block_size_curriculum"] = settings.block_size_curriculum
+    if settings.lora_r:
+        adapter = adapter_config(settings, model)
+        facts["adapter"] = {"type": "LoRA, merged", "r": adapter.r, "alpha": adapter.lora_alpha}
+    return facts | {
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
         "rows_per_step": settings.batch_size * settings.gradient_accumulation_steps,
@@ -322,7 +303,8 @@ def _finished_state(checkpoint: str | None) -> TrainerState | None:
 
 def _train_steps(
     run: RunDirectory,
-    config: MDLMConfig,
+    settings: ConversionSettings,
+    config: A2DTrainingConfig,
     model: A2DForMaskedDiffusion,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
@@ -332,8 +314,13 @@ def _train_steps(
     """Runs the trainer to its last step, or to the stop; also says what a mixture of experts did."""
     stop = StopRequest(console)
     callback = RunCallback(run, console, stop, save_by_time=config.save_steps == NEVER)
-    trainer = MDLMTrainer(
-        model=model, args=config, train_dataset=data.train, processing_class=tokenizer, callbacks=[callback]
+    trainer = TRAINERS[settings.objective](
+        model=model,
+        args=config,
+        train_dataset=data.train,
+        processing_class=tokenizer,
+        callbacks=[callback],
+        peft_config=adapter_config(settings, model),
     )
     trainer.auxiliary.moe.warn = console.warn
     vars(model.config).pop("use_cache", None)  # the trainer's own wish, which would be saved with the model
@@ -349,4 +336,6 @@ def _train_steps(
         if stop.received:
             raise KeyboardInterrupt(f"interrupted; continue with `a2d resume {run.path}`.")
         raise A2DError(f"Training ended at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+    if settings.lora_r:
+        trainer.model.merge_and_unload()  # into `model`, in fp32
     return trainer.state, trainer.auxiliary.moe.summary()

@@ -114,7 +114,8 @@ class A2DTrainer(CheckpointedTrainer):
         # 2. Tokenizer and model. Adapters start from random numbers, so the seed comes first.
         set_seed(args.seed)
         processing_class = resolve_tokenizer(model, processing_class, args)
-        model = resolve_model(model, processing_class, args, self.diffusion_fields(model, args), quantization_config)
+        fields = self.diffusion_fields(model, args)
+        model = resolve_model(model, processing_class, args, fields, quantization_config, peft_config is not None)
         model = add_adapter(model, peft_config, processing_class, args)
 
         # 3. Rows. What is set here and belongs to the parent, the parent sets again.
@@ -227,8 +228,7 @@ class A2DTrainer(CheckpointedTrainer):
         if isinstance(dataset, STREAMS):
             rows = StreamOrder(dataset, repeat=is_training, tail=tail)
         elif is_training:
-            shuffle = self.args.train_sampling_strategy == "random"
-            rows = EpochOrder(dataset, self._data_seed, shuffle, tail)
+            rows = EpochOrder(dataset, self._data_seed, self.args.train_sampling_strategy == "random", tail)
         else:
             rows = OrderedRows(dataset)
         together = 1

@@ -3,7 +3,18 @@
 import argparse
 
 from ..console import Console
-from ..conversion_settings import DEVICES, GATES, OBJECTIVES, SLIDING_WINDOWS, ConversionSettings
+from ..conversion_settings import (
+    ALIGN_POSITIONS,
+    CLEAN_CONTEXTS,
+    DEFAULT_ALIGN_POSITIONS,
+    DEFAULT_ALIGN_WEIGHT,
+    DEFAULT_BLOCK_SIZE,
+    DEVICES,
+    GATES,
+    OBJECTIVES,
+    SLIDING_WINDOWS,
+    ConversionSettings,
+)
 from ..run_directory import RunDirectory
 
 
@@ -43,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gates", choices=GATES, default=DEFAULTS.gates, help="prove on weights in memory, or streamed from disk"
     )
+    _add_objectives(parser)
     training = parser.add_argument_group("training, with --data")
     training.add_argument(
         "--held-out", type=float, default=DEFAULTS.held_out, help="share of the data kept for evaluation"
@@ -64,13 +76,55 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--learning-rate",
         type=float,
         metavar="X",
-        help="peak (default: 1e-4 at hidden size 1024, falling with the size)",
+        help="peak (default: 1e-4 at hidden size 1024, falling with the size; ten times that with --lora-r)",
+    )
+    training.add_argument(
+        "--lora-r", type=int, default=DEFAULTS.lora_r, metavar="N",
+        help="train a LoRA adapter of this rank and merge it at the end (default: 0, train all weights)",
+    )  # fmt: skip
+    training.add_argument("--lora-alpha", type=int, metavar="N", help="its scale (default: twice the rank)")
+    training.add_argument(
+        "--lora-target-modules", type=_names, metavar="A,B", help="layers it adapts (default: all linear ones)"
     )
     training.add_argument("--seed", type=int, default=DEFAULTS.seed, help="decides split, order, noise and dropout")
     training.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: by time)")
     training.add_argument("--device", choices=DEVICES, default=DEFAULTS.device, help="where to train")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON on stdout")
     parser.set_defaults(run=run)
+
+
+def _add_objectives(parser: argparse.ArgumentParser) -> None:
+    blocks = parser.add_argument_group("block diffusion, with --objective bd3lm")
+    blocks.add_argument(
+        "--block-size", type=int, metavar="N", help=f"tokens per block (default: {DEFAULT_BLOCK_SIZE})"
+    )
+    blocks.add_argument(
+        "--block-size-curriculum", type=_sizes, metavar="1,4,32",
+        help="sizes to walk through in the first half of the training, each dividing the next",
+    )  # fmt: skip
+    blocks.add_argument(
+        "--clean-context", choices=CLEAN_CONTEXTS,
+        help=f"how finished text attends to itself (default: {CLEAN_CONTEXTS[0]})",
+    )  # fmt: skip
+    alignment = parser.add_argument_group("representation alignment, with --objective repalign")
+    alignment.add_argument(
+        "--align-weight", type=float, metavar="X",
+        help=f"weight of the alignment with the parent's hidden states (default: {DEFAULT_ALIGN_WEIGHT:g})",
+    )  # fmt: skip
+    alignment.add_argument(
+        "--align-positions", choices=ALIGN_POSITIONS, help=f"where to compare (default: {DEFAULT_ALIGN_POSITIONS})"
+    )
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 1,4,32") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         accuracy = evaluate.masked_accuracy(
             model, rows, batch_size=args.batch_size, seed=args.seed, advance=bar.advance
         )
+    model_config = model.config
     del model
     report = {
         "schema_version": 1,
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         "text": text,
         "mc_samples": args.mc_samples,
         "seed": args.seed,
+        "objective": model_config.objective,
+        "block_size": model_config.block_size,
         "nelbo": nelbo.to_dict(),
         "parent": _parent(found, args, rows, device, console),
         "masked_accuracy": accuracy,

@@ -90,6 +90,45 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(call, arguments):
     assert "--help" in error_sentence(err)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective", "dream"], "mdlm"),
+        (["--block-size", "4"], "--block-size belongs to --objective bd3lm"),
+        (["--objective", "bd3lm", "--block-size", "5"], "--block-size 5 must divide --max-length 32"),
+        (["--objective", "bd3lm", "--block-size-curriculum", "1,x"], "'1,x' is not a list of sizes such as 1,4,32"),
+        (["--objective", "bd3lm", "--block-size-curriculum", "4,1"], "1 does not follow 4"),
+        (
+            ["--lora-r", "2", "--lora-target-modules", "nothing"],
+            "nothing is no layer of this model, which has down",
+        ),
+    ],
+)
+def test_a_bad_objective_is_one_sentence_and_leaves_nothing(call, trained, tmp_path, flags, message):
+    _, parent, story = trained
+    code, _, err = call("convert", parent, "--out", tmp_path / "run", "--data", story, *TRAIN, *flags)
+    assert code == 2 and message in error_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_block_diffusion_from_the_command_line(call, trained, tmp_path):
+    """Converted, trained and measured: with blocks of one token and the shift it begins at its parent."""
+    _, parent, story = trained
+    flags = ["--objective", "bd3lm", "--block-size", "1", "--token-shift", "--held-out", "0.3", "--json"]
+    code, out, _ = call("convert", parent, "--out", tmp_path / "run", "--data", story, *TRAIN, *flags)
+    results = json.loads(out)["results"]
+    assert code == 0
+    # Equal but for the mask token's own share of the softmax, whose row the conversion wrote.
+    before, parent_nll = (results[name]["nats_per_token"] for name in ("nelbo_before", "parent_nll"))
+    assert before == pytest.approx(parent_nll, rel=1e-3)
+    code, out, _ = call("eval", tmp_path / "run", "--json")
+    report = json.loads(out)
+    assert code == 0 and (report["objective"], report["block_size"]) == ("bd3lm", 1)
+    assert report["nelbo"]["nats_per_token"] == pytest.approx(results["nelbo_after"]["nats_per_token"], rel=1e-6)
+    code, out, _ = call("sample", tmp_path / "run", "-p", "the dog", "--max-new-tokens", "3", "--json")
+    assert code == 0
+
+
 def test_missing_source(call, tmp_path):
     code, _, err = call("convert", tmp_path / "none", "--out", tmp_path / "run")
     assert code == 2 and "does not exist" in error_sentence(err)

@@ -1,4 +1,4 @@
-"""The NELBO estimate against exact enumeration, and everything that must not change it."""
+"""The NELBO estimates against exact enumeration, and everything that must not change it."""
 
 import itertools
 import math
@@ -198,7 +198,7 @@ class EvenPredictor:
 
     training = False
     device = torch.device("cpu")
-    config = types.SimpleNamespace(mask_token_id=0, vocab_size=100)
+    config = types.SimpleNamespace(mask_token_id=0, vocab_size=100, objective="mdlm")
 
     def eval(self):
         return self

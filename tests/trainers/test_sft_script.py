@@ -7,7 +7,7 @@ import trl
 from trl.scripts import sft
 
 from a2d_hf.modeling import A2DForMaskedDiffusion
-from a2d_hf.trainers import MDLMConfig, MDLMTrainer
+from a2d_hf.trainers import BD3LMConfig, BD3LMTrainer, MDLMConfig, MDLMTrainer, RepAlignConfig, RepAlignTrainer
 
 
 ROWS = {
@@ -16,11 +16,21 @@ ROWS = {
 }
 
 
+TRAINERS = {
+    "mdlm": (MDLMTrainer, MDLMConfig),
+    "bd3lm": (BD3LMTrainer, BD3LMConfig),
+    "repalign": (RepAlignTrainer, RepAlignConfig),
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("options", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
-def test_the_script_of_trl_runs_after_two_substitutions(kind, options, make_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl, "SFTTrainer", MDLMTrainer)
-    monkeypatch.setattr(trl, "SFTConfig", MDLMConfig)
+def test_the_script_of_trl_runs_after_two_substitutions(
+    trainer, kind, options, make_checkpoint, tmp_path, monkeypatch
+):
+    for name, ours in zip(("SFTTrainer", "SFTConfig"), TRAINERS[trainer], strict=True):
+        monkeypatch.setattr(trl, name, ours)
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
@@ -31,7 +41,8 @@ def test_the_script_of_trl_runs_after_two_substitutions(kind, options, make_chec
     arguments += ["--report_to", "none", "--max_length", "64", *options]
     sft.main(*sft.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False))
     if not options:
-        assert A2DForMaskedDiffusion.from_pretrained(tmp_path / "out").config.objective == "mdlm"
+        objective = A2DForMaskedDiffusion.from_pretrained(tmp_path / "out").config.objective
+        assert objective == TRAINERS[trainer][0].objective
     else:
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
