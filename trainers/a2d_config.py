@@ -43,6 +43,13 @@ class A2DTrainingConfig(TrainingArguments):
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
             `"keep_start"` cuts off what is longer than `max_length` and says how much that was. `"chunk"` cuts rows of
             plain text into pieces that lose nothing; prompts with completions and conversations are cut off.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether several rows share a sequence of at most `max_length` tokens, so that little is padding. They never
+            see each other, and each keeps the position, noise and weight that it would have alone: only the batches
+            are cut differently. A batch then counts sequences. Evaluation is never packed.
+        packing_strategy (`str`, *optional*, defaults to `"bfd"`):
+            `"bfd"` (best fit decreasing) or `"bfd_split"`, which also cuts long rows as
+            `truncation_mode="chunk"` does.
         pad_to_multiple_of (`int`, *optional*):
             Rounds the length of a batch up.
         completion_only_loss (`bool`, *optional*):
@@ -146,6 +153,16 @@ class A2DTrainingConfig(TrainingArguments):
             "choices": ["keep_start", "chunk"],
         },
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Whether several rows share a sequence; they never see each other."}
+    )
+    packing_strategy: str = field(
+        default="bfd",
+        metadata={
+            "help": "'bfd' (best fit decreasing), or 'bfd_split', which also cuts long rows into pieces.",
+            "choices": ["bfd", "bfd_split"],
+        },
+    )
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rounds the length of a batch up."})
     completion_only_loss: bool | None = field(
         default=None,
@@ -187,6 +204,13 @@ class A2DTrainingConfig(TrainingArguments):
             raise ValueError("`remove_unused_columns` must be False: `row_id`, which decides a row's noise, is one.")
         if self.truncation_mode not in ("keep_start", "chunk"):
             raise ValueError(f"`truncation_mode` must be 'keep_start' or 'chunk', not {self.truncation_mode!r}.")
+        if self.packing_strategy not in ("bfd", "bfd_split"):
+            raise ValueError(
+                f"`packing_strategy` must be 'bfd' or 'bfd_split', not {self.packing_strategy!r}: rows that are cut "
+                "anywhere ('wrapped') would lose their starts and ends."
+            )
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing` needs `max_length`: it says how long a packed sequence may be.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, not {self.max_length}.")
         if self.train_sampling_strategy not in ("random", "sequential"):
