@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .atomic_files import explained_writes, write_text
@@ -291,13 +290,7 @@ def train(
     checkpoint = last_complete_checkpoint(run.checkpoints_path)
     if checkpoint is not None:
         console.note(f"continuing from {Path(checkpoint).name}")
-    state = _finished_state(checkpoint)
-    if state is not None:
-        # transformers would take one step more. The weights are all that is left to fetch.
-        trained = A2DForMaskedDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
-        model.load_state_dict(trained.state_dict(), strict=True)
-    else:
-        state = _train_steps(run, config, model, tokenizer, data, console, checkpoint)
+    state = _train_steps(run, config, model, tokenizer, data, console, checkpoint)
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch or 0.0, 4),
@@ -308,14 +301,6 @@ def train(
         "device": config.device.type,
         "precision": "bf16 autocast over fp32 weights" if config.bf16 else "fp32",
     }
-
-
-def _finished_state(checkpoint: str | None) -> TrainerState | None:
-    """The trainer's state in a checkpoint of the last step, `None` in any other."""
-    if checkpoint is None:
-        return None
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    return state if state.global_step >= state.max_steps else None
 
 
 def _train_steps(

@@ -12,6 +12,7 @@ from .mdlm_config import MDLMConfig
 from .mdlm_trainer import MDLMTrainer
 from .repalign_config import RepAlignConfig
 from .repalign_trainer import RepAlignTrainer
+from .teacher_cache import TeacherCache, precompute_teacher_logits
 
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "RepAlignConfig",
     "RepAlignTrainer",
     "RowRules",
+    "TeacherCache",
     "last_complete_checkpoint",
     "precompute_anchors",
+    "precompute_teacher_logits",
     "prepare_dataset",
 ]

@@ -70,6 +70,10 @@ class A2DTrainingConfig(TrainingArguments):
         teacher (`str`, *optional*):
             `"frozen_copy"` (of the model as it comes in) or `"adapters_off"` (the same weights with their adapter
             switched off: no extra memory). By default the latter where there is an adapter.
+        teacher_logits_cache (`str`, *optional*):
+            Folder that `scripts/precompute_teacher_logits.py` has written; takes the place of the teacher. Only the
+            likeliest tokens are in it, the rest counts as one: a lower bound of the divergence, see
+            [`~trainers.distillation.linear_top_kl`].
         router_aux_loss_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the parent's own router loss, for a mixture of experts.
 
@@ -190,6 +194,9 @@ class A2DTrainingConfig(TrainingArguments):
             "choices": ["frozen_copy", "adapters_off"],
         },
     )
+    teacher_logits_cache: str | None = field(
+        default=None, metadata={"help": "Folder of precomputed teacher probabilities; takes the teacher's place."}
+    )
     router_aux_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the parent's own router loss, for a mixture of experts."}
     )
@@ -221,5 +228,9 @@ class A2DTrainingConfig(TrainingArguments):
         for name in ("ar_loss_weight", "teacher_kl_weight", "router_aux_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}.")
+        if self.teacher_logits_cache is not None and (self.teacher_kl_weight == 0 or self.teacher is not None):
+            raise ValueError(
+                "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."
+            )
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` must be 0: a smoothed loss is no bound on the likelihood.")

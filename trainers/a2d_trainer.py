@@ -35,6 +35,7 @@ from .epoch_order import EOSTail, EpochOrder, OrderedRows, PaddedSequence, Strea
 from .measured_trainer import MeasuredTrainer
 from .model_resolution import add_adapter, base_model, resolve_model, resolve_tokenizer
 from .row_packing import PackedEpochOrder, PackedStream, check_packing
+from .teacher_cache import TeacherCache
 
 
 logger = logging.get_logger(__name__)
@@ -115,6 +116,7 @@ class A2DTrainer(MeasuredTrainer):
         set_seed(args.seed)
         processing_class = resolve_tokenizer(model, processing_class, args)
         model = resolve_model(model, processing_class, args, self.diffusion_fields(model, args), quantization_config)
+        teacher_cache = TeacherCache.of_arguments(model, args)
         model = add_adapter(model, peft_config, processing_class, args)
 
         # 3. Rows. What is set here and belongs to the parent, the parent sets again.
@@ -155,7 +157,7 @@ class A2DTrainer(MeasuredTrainer):
         # Older than 5.18, transformers divides by the accumulation steps once more unless the model takes the count.
         self.model_accepts_loss_kwargs = True
         self.gate_result: GateResult | None = None
-        self.auxiliary = AuxiliaryLosses(self.model, args)
+        self.auxiliary = AuxiliaryLosses(self.model, args, teacher_cache)
 
     def diffusion_fields(self, model: str | PreTrainedModel | PeftModel, args: A2DTrainingConfig) -> dict[str, Any]:
         """The fields of [`A2DConfig`] that the objective asks of its model."""
@@ -302,6 +304,8 @@ class A2DTrainer(MeasuredTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
         # The parent's version, with the objective's own count, and always over every process.
+        if self._trained_to_the_end():
+            return [], None
         batches = []
         for _ in range(num_batches):
             try:
