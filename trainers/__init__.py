@@ -7,6 +7,7 @@ from .bd3lm_config import BD3LMConfig
 from .bd3lm_trainer import BD3LMTrainer
 from .checkpoints import last_complete_checkpoint
 from .dataset_preparation import PreparationReport, RowRules, prepare_dataset
+from .decoding_callback import DecodePromptsCallback
 from .diffusion_collator import DiffusionCollator
 from .mdlm_config import MDLMConfig
 from .mdlm_trainer import MDLMTrainer
@@ -21,6 +22,7 @@ __all__ = [
     "AnchorCache",
     "BD3LMConfig",
     "BD3LMTrainer",
+    "DecodePromptsCallback",
     "DiffusionCollator",
     "MDLMConfig",
     "MDLMTrainer",

@@ -83,6 +83,7 @@ class A2DTrainingConfig(TrainingArguments):
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` on an accelerator that has it, unless `fp16` is set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`, and must stay so: `row_id` decides the noise.
+    > - `greater_is_better`: Defaults to `False` also for a `metric_for_best_model` of `nelbo` or an `nll`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not a number stops the run.
     >
     > And different from [`~trl.SFTConfig`]: `learning_rate` (`1e-4`, not `2e-5`), `gradient_checkpointing` (`False`),
@@ -204,6 +205,9 @@ class A2DTrainingConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers knows of `loss` only.
+            self.greater_is_better = not any(part in self.metric_for_best_model for part in ("nelbo", "nll", "loss"))
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn at every epoch

@@ -36,6 +36,7 @@ from .measured_trainer import MeasuredTrainer
 from .model_resolution import add_adapter, base_model, resolve_model, resolve_tokenizer
 from .row_packing import PackedEpochOrder, PackedStream, check_packing
 from .teacher_cache import TeacherCache
+from .trainer_card import Paper, trainer_card
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,7 @@ class A2DTrainer(MeasuredTrainer):
 
     config_class: type[A2DTrainingConfig] = A2DTrainingConfig
     objective: str
+    paper: Paper
     # `compute_loss` divides by the global batch itself. Read by transformers >= 5.18; `__init__` serves older ones.
     loss_is_scaled_for_ga = True
 
@@ -323,3 +325,33 @@ class A2DTrainer(MeasuredTrainer):
     def scale_for_processes(self, loss: torch.Tensor) -> torch.Tensor:
         """Undoes the mean over processes that data-parallel training takes of gradients already divided globally."""
         return loss * (self.accelerator.num_processes // self.get_tp_size())
+
+    # ------------------------------------------------------------------------------------------------------ the card
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card, `README.md` of the output folder. Every saved model gets one of its own anyway.
+
+        Args:
+            model_name (`str`, *optional*): what to call the model.
+            dataset_name (`str` or `list[str]`, *optional*): what it was trained on.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, model_name, dataset_name, tags)
+
+    def _write_card(self, folder: str, *what: Any) -> None:
+        path = os.path.join(folder, "README.md")
+        with open(f"{path}.writing", "w", encoding="utf-8") as file:
+            file.write(trainer_card(self, *what))
+        os.replace(f"{path}.writing", path)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_card(output_dir or self.args.output_dir)

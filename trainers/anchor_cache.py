@@ -46,10 +46,6 @@ class AnchorCache(RowCache):
             )
         return cache
 
-    def write(self, input_ids: Sequence[int], layers_KTD: dict[int, torch.Tensor]) -> None:
-        """Writes the anchors of a row, one `(T, D)` tensor per layer."""
-        self.write_row(input_ids, {f"layer_{layer}": tensor for layer, tensor in layers_KTD.items()})
-
     def read(self, input_ids: Sequence[int], layers: Sequence[int]) -> list[torch.Tensor] | None:
         """The anchors of a row, `(T, D)` per layer, or `None` where there are none."""
         return self.read_row(input_ids, [f"layer_{layer}" for layer in layers])

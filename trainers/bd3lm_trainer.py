@@ -31,6 +31,7 @@ from .diffusion_noise import (
 from .model_resolution import base_model
 from .row_tokenization import RowRules
 from .teachers import causal_targets
+from .trainer_card import BD3LM
 
 
 # Evaluation covers the whole of (0, 1), whatever the times of training are clipped to.
@@ -105,6 +106,7 @@ class BD3LMTrainer(A2DTrainer):
 
     config_class = BD3LMConfig
     objective = "bd3lm"
+    paper = BD3LM
     args: BD3LMConfig
 
     def __init__(self, *args, **kwargs):
@@ -163,6 +165,10 @@ class BD3LMTrainer(A2DTrainer):
         if self.args.block_size_curriculum is not None:
             key["block_size_curriculum_steps"] = self.args.block_size_curriculum_steps or self.args.max_steps
         return key
+
+    @property
+    def copies_read(self) -> int:
+        return 3 if self.args.complementary_views else 2
 
     # ------------------------------------------------------------------------------------------------------- the noise
 

@@ -26,6 +26,7 @@ from .diffusion_noise import (
 )
 from .epoch_order import EOSTail
 from .mdlm_config import MDLMConfig
+from .trainer_card import MDLM
 
 
 @dataclass
@@ -76,6 +77,7 @@ class MDLMTrainer(A2DTrainer):
 
     config_class = MDLMConfig
     objective = "mdlm"
+    paper = MDLM
     args: MDLMConfig
 
     def eos_tail(self) -> EOSTail | None:

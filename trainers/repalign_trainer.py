@@ -20,6 +20,7 @@ from .mdlm_trainer import MDLMNoise, MDLMTrainer
 from .model_resolution import base_model
 from .repalign_config import RepAlignConfig
 from .teachers import causal_targets, make_teacher
+from .trainer_card import REPALIGN
 
 
 class RepAlignTrainer(MDLMTrainer):
@@ -50,6 +51,7 @@ class RepAlignTrainer(MDLMTrainer):
     """
 
     config_class = RepAlignConfig
+    paper = REPALIGN
     args: RepAlignConfig
 
     def __init__(self, *args, **kwargs):

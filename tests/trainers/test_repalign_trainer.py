@@ -243,13 +243,18 @@ def test_anchors_equal_the_live_teacher(positions, tmp_path):
 
 def test_writing_goes_on_where_it_stopped_and_leaves_no_half_file(tmp_path, monkeypatch):
     written = []
-    own = AnchorCache.write
-    monkeypatch.setattr(
-        AnchorCache, "write", lambda self, *args: (written.append(1), own(self, *args)) if len(written) < 5 else 1 / 0
-    )
+    own = AnchorCache.write_row
+
+    def crash_at_sixth(self, *args):
+        if len(written) == 5:
+            return 1 / 0
+        written.append(1)
+        return own(self, *args)
+
+    monkeypatch.setattr(AnchorCache, "write_row", crash_at_sixth)
     with pytest.raises(ZeroDivisionError):
         anchors(tmp_path)
-    monkeypatch.setattr(AnchorCache, "write", own)
+    monkeypatch.setattr(AnchorCache, "write_row", own)
     folder, counts = anchors(tmp_path)
     assert counts == (11, 5)
     assert not list(folder.rglob("*.writing"))
