@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import types
 
 import pytest
@@ -156,7 +155,6 @@ def test_texts_reach_tensorboard_and_wandb(tmp_path, monkeypatch):
     callback._show(7, [{"prompt": "a\nb", "text": "c", "tokens_per_forward": 2.0}])
     assert seen[0] == ("decoded/0", "**a  \nb**c", 7)
     assert seen[1]["decoded"][1] == [[7, "a\nb", "c", 2.0]]
-    assert "wandb" not in sys.modules or True
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ BEST = {
     "eval_strategy": "steps",
     "eval_steps": 1,
     "load_best_model_at_end": True,
-    "learning_rate": 3e-1,  # too high: the NELBO has its low on the way
+    "learning_rate": 1e-1,  # too high: the NELBO has its low on the way
     "lr_scheduler_type": "constant",
     "metric_for_best_model": "eval_nelbo",
 }
@@ -193,7 +191,7 @@ def test_the_model_of_the_lowest_nelbo_is_loaded_at_the_end(adapter, tmp_path):
     peft_config = LoraConfig(task_type="CAUSAL_LM") if adapter else None
     run = MDLMTrainer(
         diffusion_model(),
-        config(tmp_path, **BEST),
+        config(tmp_path, **BEST | ({"learning_rate": 3e-1} if adapter else {})),
         train_dataset=token_rows(48),
         eval_dataset=token_rows(8, seed=1),
         peft_config=peft_config,
