@@ -323,7 +323,7 @@ def _train_steps(
     try:
         with stop.listening(), explained_writes(run.checkpoints_path):
             trainer.train(resume_from_checkpoint=checkpoint)
-    except FloatingPointError as error:
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
         raise A2DError(str(error)) from error
     finally:
         callback.close()

@@ -56,7 +56,7 @@ class A2DTrainer(MeasuredTrainer):
             Configuration; by default that of the trainer with `output_dir` named after the model.
         data_collator (`DataCollator`, *optional*):
             By default [`DiffusionCollator`]. Another one must pass on what decides a row's noise: `row_id`, `epoch`
-            and `place`.
+            and `place`. With `packing` it gets packs, `{"documents": [row, row, ...]}`.
         train_dataset, eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of those for evaluation):
             In any of TRL's formats: plain text, prompt and completion, messages, or token ids.
         processing_class (`PreTrainedTokenizerBase`, *optional*):

@@ -4,6 +4,7 @@ Owns its text and the papers of the methods. Everything it says comes from the t
 measured.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ def trainer_card(
     config = base_model(trainer.model).config
     name = model_name or args.hub_model_id or str(args.output_dir).rstrip("/").rsplit("/", 1)[-1]
     parent = base_model(trainer.model).name_or_path
-    on_hub = bool(parent) and parent.count("/") == 1 and not parent.startswith((".", "/", "~"))
+    on_hub = bool(parent) and parent.count("/") <= 1 and not os.path.exists(parent)
     header = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
