@@ -20,6 +20,7 @@ _HOME = {
     "AttentionPattern": "a2d_hf.modeling.attention_pattern",
     "BD3LMConfig": "a2d_hf.trainers.bd3lm_config",
     "BD3LMTrainer": "a2d_hf.trainers.bd3lm_trainer",
+    "DecodePromptsCallback": "a2d_hf.trainers.decoding_callback",
     "MDLMConfig": "a2d_hf.trainers.mdlm_config",
     "MDLMTrainer": "a2d_hf.trainers.mdlm_trainer",
     "RepAlignConfig": "a2d_hf.trainers.repalign_config",
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionPattern",
     "BD3LMConfig",
     "BD3LMTrainer",
+    "DecodePromptsCallback",
     "MDLMConfig",
     "MDLMTrainer",
     "RepAlignConfig",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_a2d import A2DForMaskedDiffusion
     from .trainers.bd3lm_config import BD3LMConfig
     from .trainers.bd3lm_trainer import BD3LMTrainer
+    from .trainers.decoding_callback import DecodePromptsCallback
     from .trainers.mdlm_config import MDLMConfig
     from .trainers.mdlm_trainer import MDLMTrainer
     from .trainers.repalign_config import RepAlignConfig

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from .atomic_files import explained_writes, write_text
@@ -263,17 +262,7 @@ def train(
     checkpoint = last_complete_checkpoint(run.checkpoints_path)
     if checkpoint is not None:
         console.note(f"continuing from {Path(checkpoint).name}")
-    state = _finished_state(checkpoint)
-    experts = None
-    if state is not None:
-        # transformers would take one step more. The weights are all that is left to fetch.
-        if settings.lora_r:
-            PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-        else:
-            trained = A2DForMaskedDiffusion.from_pretrained(checkpoint, dtype=torch.float32)
-            model.load_state_dict(trained.state_dict(), strict=True)
-    else:
-        state, experts = _train_steps(run, settings, config, model, tokenizer, data, console, checkpoint)
+    state, experts = _train_steps(run, settings, config, model, tokenizer, data, console, checkpoint)
     facts = {}
     if settings.objective == "bd3lm":
         facts["block_size_curriculum"] = settings.block_size_curriculum
@@ -291,14 +280,6 @@ def train(
         "precision": "bf16 autocast over fp32 weights" if config.bf16 else "fp32",
         "experts": experts,
     }
-
-
-def _finished_state(checkpoint: str | None) -> TrainerState | None:
-    """The trainer's state in a checkpoint of the last step, `None` in any other."""
-    if checkpoint is None:
-        return None
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    return state if state.global_step >= state.max_steps else None
 
 
 def _train_steps(
@@ -328,7 +309,7 @@ def _train_steps(
     try:
         with stop.listening(), explained_writes(run.checkpoints_path):
             trainer.train(resume_from_checkpoint=checkpoint)
-    except FloatingPointError as error:
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
         raise A2DError(str(error)) from error
     finally:
         callback.close()

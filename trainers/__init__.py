@@ -7,11 +7,13 @@ from .bd3lm_config import BD3LMConfig
 from .bd3lm_trainer import BD3LMTrainer
 from .checkpoints import last_complete_checkpoint
 from .dataset_preparation import PreparationReport, RowRules, prepare_dataset
+from .decoding_callback import DecodePromptsCallback
 from .diffusion_collator import DiffusionCollator
 from .mdlm_config import MDLMConfig
 from .mdlm_trainer import MDLMTrainer
 from .repalign_config import RepAlignConfig
 from .repalign_trainer import RepAlignTrainer
+from .teacher_cache import TeacherCache, precompute_teacher_logits
 
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "AnchorCache",
     "BD3LMConfig",
     "BD3LMTrainer",
+    "DecodePromptsCallback",
     "DiffusionCollator",
     "MDLMConfig",
     "MDLMTrainer",
@@ -27,7 +30,9 @@ __all__ = [
     "RepAlignConfig",
     "RepAlignTrainer",
     "RowRules",
+    "TeacherCache",
     "last_complete_checkpoint",
     "precompute_anchors",
+    "precompute_teacher_logits",
     "prepare_dataset",
 ]

@@ -43,6 +43,13 @@ class A2DTrainingConfig(TrainingArguments):
         truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
             `"keep_start"` cuts off what is longer than `max_length` and says how much that was. `"chunk"` cuts rows of
             plain text into pieces that lose nothing; prompts with completions and conversations are cut off.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether several rows share a sequence of at most `max_length` tokens, so that little is padding. They never
+            see each other, and each keeps the position, noise and weight that it would have alone: only the batches
+            are cut differently. A batch then counts sequences. Evaluation is never packed.
+        packing_strategy (`str`, *optional*, defaults to `"bfd"`):
+            `"bfd"` (best fit decreasing) or `"bfd_split"`, which also cuts long rows as
+            `truncation_mode="chunk"` does.
         pad_to_multiple_of (`int`, *optional*):
             Rounds the length of a batch up.
         completion_only_loss (`bool`, *optional*):
@@ -63,6 +70,10 @@ class A2DTrainingConfig(TrainingArguments):
         teacher (`str`, *optional*):
             `"frozen_copy"` (of the model as it comes in) or `"adapters_off"` (the same weights with their adapter
             switched off: no extra memory). By default the latter where there is an adapter.
+        teacher_logits_cache (`str`, *optional*):
+            Folder that `scripts/precompute_teacher_logits.py` has written; takes the place of the teacher. Only the
+            likeliest tokens are in it, the rest counts as one: a lower bound of the divergence, see
+            [`~trainers.distillation.linear_top_kl`].
         router_aux_loss_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the parent's own router loss, for a mixture of experts.
 
@@ -72,6 +83,7 @@ class A2DTrainingConfig(TrainingArguments):
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` on an accelerator that has it, unless `fp16` is set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`, and must stay so: `row_id` decides the noise.
+    > - `greater_is_better`: Defaults to `False` also for a `metric_for_best_model` of `nelbo` or an `nll`.
     > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: a loss that is not a number stops the run.
     >
     > And different from [`~trl.SFTConfig`]: `learning_rate` (`1e-4`, not `2e-5`), `gradient_checkpointing` (`False`),
@@ -146,6 +158,16 @@ class A2DTrainingConfig(TrainingArguments):
             "choices": ["keep_start", "chunk"],
         },
     )
+    packing: bool = field(
+        default=False, metadata={"help": "Whether several rows share a sequence; they never see each other."}
+    )
+    packing_strategy: str = field(
+        default="bfd",
+        metadata={
+            "help": "'bfd' (best fit decreasing), or 'bfd_split', which also cuts long rows into pieces.",
+            "choices": ["bfd", "bfd_split"],
+        },
+    )
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Rounds the length of a batch up."})
     completion_only_loss: bool | None = field(
         default=None,
@@ -173,6 +195,9 @@ class A2DTrainingConfig(TrainingArguments):
             "choices": ["frozen_copy", "adapters_off"],
         },
     )
+    teacher_logits_cache: str | None = field(
+        default=None, metadata={"help": "Folder of precomputed teacher probabilities; takes the teacher's place."}
+    )
     router_aux_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the parent's own router loss, for a mixture of experts."}
     )
@@ -180,6 +205,9 @@ class A2DTrainingConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # transformers knows of `loss` only.
+            self.greater_is_better = not any(part in self.metric_for_best_model for part in ("nelbo", "nll", "loss"))
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to copy to, and torch would warn at every epoch
@@ -187,6 +215,13 @@ class A2DTrainingConfig(TrainingArguments):
             raise ValueError("`remove_unused_columns` must be False: `row_id`, which decides a row's noise, is one.")
         if self.truncation_mode not in ("keep_start", "chunk"):
             raise ValueError(f"`truncation_mode` must be 'keep_start' or 'chunk', not {self.truncation_mode!r}.")
+        if self.packing_strategy not in ("bfd", "bfd_split"):
+            raise ValueError(
+                f"`packing_strategy` must be 'bfd' or 'bfd_split', not {self.packing_strategy!r}: rows that are cut "
+                "anywhere ('wrapped') would lose their starts and ends."
+            )
+        if self.packing and self.max_length is None:
+            raise ValueError("`packing` needs `max_length`: it says how long a packed sequence may be.")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, not {self.max_length}.")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -197,5 +232,9 @@ class A2DTrainingConfig(TrainingArguments):
         for name in ("ar_loss_weight", "teacher_kl_weight", "router_aux_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}.")
+        if self.teacher_logits_cache is not None and (self.teacher_kl_weight == 0 or self.teacher is not None):
+            raise ValueError(
+                "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."
+            )
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` must be 0: a smoothed loss is no bound on the likelihood.")

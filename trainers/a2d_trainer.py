@@ -1,8 +1,8 @@
 """The thin base that every trainer of this project shares.
 
 Owns everything around an objective: turning what the user passes into a diffusion model and prepared rows, the data
-loaders' order, what the loss is divided by over the global batch, evaluation and metrics. The objective itself is the
-subclass's `compute_loss`. Subclasses `transformers.Trainer` and mirrors `trl.SFTTrainer`.
+loaders' order, and what the loss is divided by over the global batch. The objective itself is the subclass's
+`compute_loss`. Subclasses `transformers.Trainer` and mirrors `trl.SFTTrainer`.
 """
 
 import os
@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,12 +29,14 @@ from a2d_hf.modeling.gates import GateResult, reach_gate
 
 from .a2d_config import A2DTrainingConfig
 from .auxiliary_losses import AuxiliaryLosses
-from .checkpointed_trainer import CheckpointedTrainer
 from .dataset_preparation import ANY_DATASET, PreparationReport, RowRules, prepare_dataset
 from .diffusion_collator import DiffusionCollator
-from .diffusion_metrics import DiffusionMetrics
 from .epoch_order import EOSTail, EpochOrder, OrderedRows, PaddedSequence, StreamOrder
+from .measured_trainer import MeasuredTrainer
 from .model_resolution import add_adapter, base_model, resolve_model, resolve_tokenizer
+from .row_packing import PackedEpochOrder, PackedStream, check_packing
+from .teacher_cache import TeacherCache
+from .trainer_card import Paper, trainer_card
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +44,7 @@ logger = logging.get_logger(__name__)
 STREAMS = torch.utils.data.IterableDataset | datasets.IterableDataset
 
 
-class A2DTrainer(CheckpointedTrainer):
+class A2DTrainer(MeasuredTrainer):
     """
     Base of the trainers of this project; use [`MDLMTrainer`] or a sibling.
 
@@ -54,7 +56,7 @@ class A2DTrainer(CheckpointedTrainer):
             Configuration; by default that of the trainer with `output_dir` named after the model.
         data_collator (`DataCollator`, *optional*):
             By default [`DiffusionCollator`]. Another one must pass on what decides a row's noise: `row_id`, `epoch`
-            and `place`.
+            and `place`. With `packing` it gets packs, `{"documents": [row, row, ...]}`.
         train_dataset, eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or a dict of those for evaluation):
             In any of TRL's formats: plain text, prompt and completion, messages, or token ids.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
@@ -79,6 +81,7 @@ class A2DTrainer(CheckpointedTrainer):
 
     config_class: type[A2DTrainingConfig] = A2DTrainingConfig
     objective: str
+    paper: Paper
     # `compute_loss` divides by the global batch itself. Read by transformers >= 5.18; `__init__` serves older ones.
     loss_is_scaled_for_ga = True
 
@@ -116,6 +119,7 @@ class A2DTrainer(CheckpointedTrainer):
         processing_class = resolve_tokenizer(model, processing_class, args)
         fields = self.diffusion_fields(model, args)
         model = resolve_model(model, processing_class, args, fields, quantization_config, peft_config is not None)
+        teacher_cache = TeacherCache.of_arguments(model, args)
         model = add_adapter(model, peft_config, processing_class, args)
 
         # 3. Rows. What is set here and belongs to the parent, the parent sets again.
@@ -156,9 +160,7 @@ class A2DTrainer(CheckpointedTrainer):
         # Older than 5.18, transformers divides by the accumulation steps once more unless the model takes the count.
         self.model_accepts_loss_kwargs = True
         self.gate_result: GateResult | None = None
-        self.auxiliary = AuxiliaryLosses(self.model, args)
-        self._metrics = {"train": DiffusionMetrics(), "eval": DiffusionMetrics()}
-        self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        self.auxiliary = AuxiliaryLosses(self.model, args, teacher_cache)
 
     def diffusion_fields(self, model: str | PreTrainedModel | PeftModel, args: A2DTrainingConfig) -> dict[str, Any]:
         """The fields of [`A2DConfig`] that the objective asks of its model."""
@@ -177,7 +179,7 @@ class A2DTrainer(CheckpointedTrainer):
         return RowRules(
             text_field=args.dataset_text_field,
             max_length=max_length,
-            truncation_mode=args.truncation_mode,
+            truncation_mode="chunk" if args.packing_strategy == "bfd_split" else args.truncation_mode,
             insert_eos=args.insert_eos,
             token_shift=self.diffusion_config.token_shift,
             completion_only_loss=args.completion_only_loss,
@@ -225,10 +227,16 @@ class A2DTrainer(CheckpointedTrainer):
     ) -> DataLoader:
         # Every loader of the parent passes through here. It reads rows in an order of ours, one after the other.
         tail = self.eos_tail() if is_training else None
+        packed = self._rules.max_length if is_training and self.args.packing else None
+        shuffle = self.args.train_sampling_strategy == "random"
         if isinstance(dataset, STREAMS):
             rows = StreamOrder(dataset, repeat=is_training, tail=tail)
+            rows = rows if packed is None else PackedStream(rows, packed)
+        elif packed is not None:
+            rows = PackedEpochOrder(dataset, self._data_seed, shuffle, packed, tail)
+            self._note_packing(rows)
         elif is_training:
-            rows = EpochOrder(dataset, self._data_seed, self.args.train_sampling_strategy == "random", tail)
+            rows = EpochOrder(dataset, self._data_seed, shuffle, tail)
         else:
             rows = OrderedRows(dataset)
         together = 1
@@ -243,6 +251,9 @@ class A2DTrainer(CheckpointedTrainer):
             dataloader_key=dataloader_key,
         )
 
+    def _note_packing(self, packs: PackedEpochOrder) -> None:
+        logger.info(f"Packing: {len(packs.dataset):,} rows in {len(packs):,} sequences.")
+
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -254,6 +265,8 @@ class A2DTrainer(CheckpointedTrainer):
         self.gate_result = reach_gate(base_model(self.model))
         if not self.gate_result.passed:
             raise RuntimeError(f"Training was not begun, the reach gate failed: {self.gate_result.message}")
+        if self.args.packing:
+            check_packing(base_model(self.model))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def resume_key(self) -> dict[str, Any]:
@@ -264,6 +277,7 @@ class A2DTrainer(CheckpointedTrainer):
             "train_sampling_strategy": str(self.args.train_sampling_strategy),
             "train_rows": None if isinstance(self.train_dataset, STREAMS) else len(self.train_dataset),
             "rows_per_step": self.get_total_train_batch_size(self.args),
+            **({"packing": self.args.packing_strategy} if self.args.packing else {}),
         }
 
     @property
@@ -293,6 +307,8 @@ class A2DTrainer(CheckpointedTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
         # The parent's version, with the objective's own count, and always over every process.
+        if self._trained_to_the_end():
+            return [], None
         batches = []
         for _ in range(num_batches):
             try:
@@ -311,90 +327,32 @@ class A2DTrainer(CheckpointedTrainer):
         """Undoes the mean over processes that data-parallel training takes of gradients already divided globally."""
         return loss * (self.accelerator.num_processes // self.get_tp_size())
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
-        real_B = inputs["row_id"] >= 0  # the blank rows that fill up an epoch are not text
-        tokens = (inputs["attention_mask"].sum(dim=-1) * real_B).sum()
-        self._tokens_seen = self._tokens_seen.to(tokens.device) + tokens
-        return super().training_step(model, inputs, *args, **kwargs)
+    # ------------------------------------------------------------------------------------------------------ the card
 
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
-    def draw_noise(self, inputs: dict[str, torch.Tensor], seed: int) -> Any:
-        """The noise of a batch, with `noised_ids_BL` and `masked_BL`. The objective's."""
-        raise NotImplementedError
-
-    def noised_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], noise: Any) -> torch.Tensor:
-        """Logits of every position of the noised rows, `(B, L, V)`, for `compute_metrics`."""
-        return model(input_ids=noise.noised_ids_BL, attention_mask=inputs["attention_mask"]).logits
-
-    def prediction_step(
+    def create_model_card(
         self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).detach()
-            if prediction_loss_only:
-                return loss, None, None
-            # Only `compute_metrics` asks for logits of every position.
-            noise = self.draw_noise(inputs, self.noise_seed)
-            logits = self.noised_logits(model, inputs, noise)
-        return loss, logits.detach(), inputs["labels"].masked_fill(~noise.masked_BL, -100)
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card, `README.md` of the output folder. Every saved model gets one of its own anyway.
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        # The parent averages over batches; a bound on the likelihood is one sum over one sum.
-        self._metrics["eval"] = DiffusionMetrics()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        result = self._metrics["eval"].result(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in result.items()})
-        return output
+        Args:
+            model_name (`str`, *optional*): what to call the model.
+            dataset_name (`str` or `list[str]`, *optional*): what it was trained on.
+            tags (`str` or `list[str]`, *optional*): further tags.
+        """
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, model_name, dataset_name, tags)
 
-    def evaluate(
-        self,
-        eval_dataset: ANY_DATASET | dict[str, ANY_DATASET] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        # A dataset passed here is prepared like those passed to the constructor; a name stands for one of those.
-        if isinstance(eval_dataset, dict):
-            metrics = {}
-            for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def _write_card(self, folder: str, *what: Any) -> None:
+        path = os.path.join(folder, "README.md")
+        with open(f"{path}.writing", "w", encoding="utf-8") as file:
+            file.write(trainer_card(self, *what))
+        os.replace(f"{path}.writing", path)
 
-    # --------------------------------------------------------------------------------------------------------- logging
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Of all that is logged, only the parent's regular training log has a `loss`.
-        if "loss" in logs:
-            result = self._metrics["train"].result(self.accelerator)
-            result.pop("loss", None)  # the parent's own is the mean over the same steps
-            self._count_tokens()
-            logs |= result | self.auxiliary.moe.result(self) | {"num_tokens": self.state.num_input_tokens_seen}
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._count_tokens()
-        super()._save_checkpoint(model, trial)
-
-    def _count_tokens(self) -> None:
-        # Kept where the parent keeps its own count, so that it survives a resume.
-        seen = self.accelerator.reduce(self._tokens_seen.to(self.args.device), reduction="sum")
-        self._tokens_seen = torch.zeros((), dtype=torch.int64)
-        if self.args.include_num_input_tokens_seen == "no":
-            self.state.num_input_tokens_seen += int(seen)
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_card(output_dir or self.args.output_dir)

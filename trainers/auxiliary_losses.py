@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
-
 from .a2d_config import A2DTrainingConfig
+from .batch_rows import tokens_of_rows
 from .diffusion_metrics import DiffusionMetrics
-from .distillation import linear_kl
+from .distillation import linear_kl, linear_top_kl, plain_head
 from .model_resolution import base_model
 from .moe_telemetry import MoETelemetry
+from .teacher_cache import TeacherCache
 from .teachers import causal_targets, make_teacher
 
 
@@ -29,13 +29,18 @@ class AuxiliaryLosses:
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model, before the first step: a teacher is made of it.
         args ([`A2DTrainingConfig`]): their weights.
+        teacher_cache ([`TeacherCache`], *optional*): what the teacher said; takes its place.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, args: A2DTrainingConfig):
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, args: A2DTrainingConfig, teacher_cache: TeacherCache | None = None
+    ):
         self.args = args
         self.model = model
         self.moe = MoETelemetry(base_model(model))
-        self.teacher = make_teacher(model, args.teacher) if args.teacher_kl_weight > 0 else None
+        self.teacher_cache = teacher_cache
+        needs_teacher = args.teacher_kl_weight > 0 and teacher_cache is None
+        self.teacher = make_teacher(model, args.teacher) if needs_teacher else None
 
     def forward_kwargs(self) -> dict[str, Any]:
         """What the objective's own forward pass must be asked for."""
@@ -74,6 +79,8 @@ class AuxiliaryLosses:
         Returns:
             The sum, with gradient, and the divergences of the tokens, without.
         """
+        if self.teacher_cache is not None:
+            return self._cached_teacher_kl(inputs, masked_BWL, head_input_ND)
         # 1. The teacher's hidden state of every token that some view has masked; 0, 1, 2, ... in row-major order.
         wanted_BL = inputs["input_ids"].masked_fill(~masked_BWL.any(dim=1), -100)
         targets_BL = causal_targets(wanted_BL, inputs["attention_mask"], inputs.get("document_ids"))
@@ -87,12 +94,51 @@ class AuxiliaryLosses:
         student, teacher = base_model(self.model), base_model(self.teacher.model)
         return linear_kl(
             head_input_ND[keep_N],
-            _plain_head(student),
+            plain_head(student),
             teacher_ME[number_N],
-            _plain_head(teacher),
+            plain_head(teacher),
             weights_N=torch.ones(number_N.shape[0], device=head_input_ND.device),
             transform=student.output_head.transform,
             teacher_transform=teacher.output_head.transform,
+        )
+
+    def _cached_teacher_kl(
+        self, inputs: dict[str, torch.Tensor], masked_BWL: torch.Tensor, head_input_ND: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, lumped, of a teacher that is read from the disk; EOS added behind a row has no teacher there."""
+        # 1. What is kept of the rows of the batch, one behind the other, and which entry belongs to which token.
+        number_BL = torch.full_like(inputs["input_ids"], -1)
+        entries, count = [], 0
+        for r, (b, here_T) in enumerate(tokens_of_rows(inputs)):
+            if not masked_BWL[b][:, here_T].any():
+                continue
+            found = self.teacher_cache.read(inputs["input_ids"][b, here_T].tolist())
+            if found is None:
+                raise ValueError(
+                    f"Row {int(inputs['row_id'][r])} is not in `teacher_logits_cache` {self.teacher_cache.folder}: "
+                    "precompute it from the same dataset and `max_length`."
+                )
+            number_BL[b, here_T[1:]] = torch.arange(count, count + len(here_T) - 1, device=number_BL.device)
+            entries.append(found)
+            count += len(here_T) - 1
+
+        # 2. For each masked token of each view, the student's row and the teacher's entry.
+        number_N = number_BL[:, None].expand(masked_BWL.shape)[masked_BWL]
+        keep_N = number_N >= 0
+        if not keep_N.any():
+            return head_input_ND.sum() * 0.0, torch.zeros(0, device=head_input_ND.device)
+        number_N, device, student = number_N[keep_N], head_input_ND.device, base_model(self.model)
+        top_ids, top_log_p, rest_log_p = (
+            torch.cat(parts).to(device)[number_N] for parts in zip(*entries, strict=True)
+        )
+        return linear_top_kl(
+            head_input_ND[keep_N],
+            plain_head(student),
+            top_ids,
+            top_log_p,
+            rest_log_p,
+            weights_N=torch.ones(number_N.shape[0], device=device),
+            transform=student.output_head.transform,
         )
 
     def total(
@@ -140,13 +186,3 @@ class AuxiliaryLosses:
 def clean_text(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a pass over the clean text reads of a batch."""
     return {name: inputs[name] for name in ("input_ids", "attention_mask", "document_ids") if name in inputs}
-
-
-def _plain_head(model: A2DForMaskedDiffusion) -> torch.nn.Linear:
-    head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or model.output_head.transform is None:
-        raise ValueError(
-            "`teacher_kl_weight` needs an output head that is a plain linear layer; leave the head out of the "
-            "adapter's `target_modules`."
-        )
-    return head

@@ -17,6 +17,7 @@ from a2d_hf.modeling.configuration_a2d import A2DConfig
 from a2d_hf.modeling.token_layout import TokenLayout
 
 from .a2d_trainer import A2DTrainer
+from .batch_rows import by_token, in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
 from .diffusion_noise import (
@@ -30,6 +31,7 @@ from .diffusion_noise import (
 from .model_resolution import base_model
 from .row_tokenization import RowRules
 from .teachers import causal_targets
+from .trainer_card import BD3LM
 
 
 # Evaluation covers the whole of (0, 1), whatever the times of training are clipped to.
@@ -104,6 +106,7 @@ class BD3LMTrainer(A2DTrainer):
 
     config_class = BD3LMConfig
     objective = "bd3lm"
+    paper = BD3LM
     args: BD3LMConfig
 
     def __init__(self, *args, **kwargs):
@@ -163,6 +166,10 @@ class BD3LMTrainer(A2DTrainer):
             key["block_size_curriculum_steps"] = self.args.block_size_curriculum_steps or self.args.max_steps
         return key
 
+    @property
+    def copies_read(self) -> int:
+        return 3 if self.args.complementary_views else 2
+
     # ------------------------------------------------------------------------------------------------------- the noise
 
     def current_block_size(self) -> int:
@@ -196,10 +203,12 @@ class BD3LMTrainer(A2DTrainer):
             masked_BL, weight_BL = maskable_BL, time_BL
         else:
             block_BL = block_numbers(inputs["attention_mask"], inputs.get("document_ids"), block_size)
-            time_BL = block_time(seed, inputs["epoch"], inputs["place"], block_BL, minimum, maximum)
-            position_BL = position_in_row(inputs["attention_mask"])
+            documents_BL = inputs.get("document_ids")
+            epoch, place, row_id = (by_token(inputs[name], documents_BL) for name in ("epoch", "place", "row_id"))
+            time_BL = block_time(seed, epoch, place, block_BL, minimum, maximum)
+            position_BL = position_in_row(inputs["attention_mask"], documents_BL)
             share_BL = mask_probability(time_BL, schedule)
-            masked_BL = bernoulli_mask(seed, inputs["epoch"], inputs["row_id"], position_BL, share_BL) & maskable_BL
+            masked_BL = bernoulli_mask(seed, epoch, row_id, position_BL, share_BL) & maskable_BL
             weight_BL = elbo_weight(time_BL, schedule) * truncation_factor(minimum, schedule, maximum)
 
         # 2. The second view has the other tokens masked, as at time 1 - t.
@@ -314,10 +323,7 @@ class BD3LMTrainer(A2DTrainer):
         items: torch.Tensor,
     ) -> None:
         # The EOS that fill the last block are trained, but no part of the text whose NELBO this is.
-        attention_mask_BL = inputs["attention_mask"]
-        text_length_B = attention_mask_BL.sum(dim=-1) - inputs.get("tail_length", 0)
-        in_text_BL = position_in_row(attention_mask_BL) < text_length_B[:, None]
-        counted_BL = in_text_BL & (inputs["labels"] != -100)
+        counted_BL = in_text(inputs) & (inputs["labels"] != -100)
         # Every token has a time of its own, so each is a row of its own.
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.args.block_size_curriculum is not None:
@@ -346,8 +352,8 @@ def block_numbers(
     attention_mask_BL: torch.Tensor, document_ids_BL: torch.Tensor | None, block_size: int
 ) -> torch.Tensor:
     """
-    Which block of its row each token stands in. Blocks start where a document does, and every `block_size` tokens from
-    there: as the model itself counts them.
+    Which block of its row, or of its document where rows are packed, each token stands in: as the model itself counts
+    them.
 
     Args:
         attention_mask_BL (`torch.Tensor` of shape `(B, L)`): 1 for text, 0 for padding, on either side.
@@ -364,8 +370,7 @@ def block_numbers(
     position_BL = layout.position_BL
     if position_BL is None:
         position_BL = torch.arange(shape[1], device=device).expand(shape)
-    opens_BL = (position_BL % block_size == 0) & attention_mask_BL.bool()
-    return (opens_BL.cumsum(dim=-1) - 1).clamp(min=0)
+    return position_BL.clamp(min=0) // block_size
 
 
 def _own_config(model: str | PreTrainedModel | PeftModel, args: BD3LMConfig) -> A2DConfig | None:

@@ -25,6 +25,11 @@ class BlockEnds:
     block_size: int
     max_length: int | None
 
+    def longest_row(self, length: int) -> int:
+        """How long a row of `length` tokens can become."""
+        whole = length + -length % self.block_size
+        return whole if self.max_length is None else max(length, min(whole, self.max_length))
+
     def extend(self, rows: list[dict[str, Any]], epoch: int) -> None:
         """Fills up `rows`, in place, and notes what each got as `tail_length`."""
         for row in rows:

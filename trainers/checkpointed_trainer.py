@@ -18,6 +18,8 @@ from .checkpoints import is_complete, last_complete_checkpoint, list_checkpoints
 class CheckpointedTrainer(Trainer):
     """The checkpoint half of [`A2DTrainer`]."""
 
+    _resumed_from: str | None = None
+
     def resume_key(self) -> dict[str, Any]:
         """What a run must have in common with the one it continues, or its data and noise would be others."""
         return {}
@@ -33,6 +35,8 @@ class CheckpointedTrainer(Trainer):
 
         Raises:
             ValueError: no such checkpoint, an incomplete one, or one of a run with other data or noise.
+            FloatingPointError: the loss or the weights are no numbers any more. The last good checkpoint stays.
+            torch.OutOfMemoryError: with what to change. The last good checkpoint stays.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -43,7 +47,39 @@ class CheckpointedTrainer(Trainer):
                 )
         if resume_from_checkpoint:
             self._check_resume(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._resumed_from = resume_from_checkpoint or None
+        try:
+            return super().train(self._resumed_from, *args, **kwargs)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(self._out_of_memory_advice()) from error
+
+    def _trained_to_the_end(self) -> bool:
+        """Whether a run was resumed at its last step. The parent asks after a step, and so would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            return False
+        self.control.should_training_stop = True
+        return True
+
+    def _out_of_memory_advice(self) -> str:
+        args, per_device = self.args, self.args.per_device_train_batch_size
+        where = f"Out of memory in step {self.state.global_step + 1}"
+        if not self.model.training and self.args.per_device_eval_batch_size > 1:
+            return f"{where}, in evaluation: lower `per_device_eval_batch_size` ({args.per_device_eval_batch_size})."
+        knobs = []
+        if per_device > 1:
+            accumulation = args.gradient_accumulation_steps * 2
+            knobs.append(
+                f"`per_device_train_batch_size={per_device // 2}` with `gradient_accumulation_steps={accumulation}` "
+                f"(the same training; now {per_device} and {args.gradient_accumulation_steps})"
+            )
+        if not args.gradient_checkpointing:
+            knobs.append("`gradient_checkpointing=True`")
+        knobs.append("a smaller `max_length`")
+        if not is_peft_model(self.model):
+            knobs.append("LoRA (`peft_config=LoraConfig()`)")
+        return f"{where}: try {', then '.join(knobs)}. {self._last_good()}"
 
     def _check_resume(self, folder: str) -> None:
         if not is_complete(folder):
@@ -61,23 +97,26 @@ class CheckpointedTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             rows = f" with rows {inputs['row_id'].tolist()}" if "row_id" in inputs else ""
+            before = "" if self._first_broken_weight() is None else ", because the step before broke the weights"
             raise FloatingPointError(
-                f"The loss became {loss.item()} in step {self.state.global_step + 1}, in the batch{rows}. "
+                f"The loss became {loss.item()} in step {self.state.global_step + 1}, in the batch{rows}{before}. "
                 f"{self._last_good()} Lower `learning_rate` or `max_grad_norm`, or look at those rows."
             )
         return loss
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # 1. A gradient that is not a number shows in the weights before it shows in the loss: never save those.
-        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
-        if broken:
+        broken = self._first_broken_weight()
+        if broken is not None:
             raise FloatingPointError(
                 f"The weights hold numbers that are not finite after step {self.state.global_step}, the first in "
-                f"{broken[0]}. {self._last_good()} Lower `learning_rate` or `max_grad_norm`."
+                f"{broken}. {self._last_good()} Lower `learning_rate` or `max_grad_norm`."
             )
-        # 2. Nothing of an earlier attempt may survive under this name.
+        # 2. Nothing of an earlier attempt may survive under this name; what was resumed from stands there already.
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"checkpoint-{self.state.global_step}")
+        if self._resumed_from is not None and os.path.realpath(folder) == os.path.realpath(self._resumed_from):
+            return
         if self.args.should_save and os.path.isdir(folder):
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
@@ -97,6 +136,10 @@ class CheckpointedTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _first_broken_weight(self) -> str | None:
+        weights = self.model.named_parameters()
+        return next((name for name, weight in weights if not torch.isfinite(weight).all()), None)
 
     def _last_good(self) -> str:
         kept = last_complete_checkpoint(self.args.output_dir)
@@ -127,3 +170,10 @@ class CheckpointedTrainer(Trainer):
         base = self.accelerator.unwrap_model(self.model)
         saved = type(base).from_pretrained(folder, dtype=base.dtype)
         base.load_state_dict(saved.state_dict(), strict=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on an accelerator or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

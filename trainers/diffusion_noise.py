@@ -14,6 +14,7 @@ NOISE_SCHEDULES = ("linear", "cosine")
 
 # What a draw is for. Part of its key, so that no two kinds of draw ever share bits.
 TIME_OFFSET, TOKEN_MASK, EPOCH_ORDER, EOS_TAIL, OPEN_EDGES, ALIGNED_LAYERS, ALIGNED_TOKENS = 1, 2, 3, 4, 5, 6, 7
+REPLAYED_ROWS, REPLAY_NOISE = 8, 9
 
 _BITS = 53  # as many as a float64 holds exactly
 
@@ -104,7 +105,8 @@ def block_time(
 
     Args:
         seed (`int`): seed of the noise.
-        epoch_B, place_B (`torch.LongTensor` of shape `(B,)`): epoch of each row and its place in the order of it.
+        epoch_B, place_B (`torch.LongTensor` of shape `(B,)`, or `(B, L)` for packed rows): epoch of each row and its
+            place in the order of it.
         block_BL (`torch.LongTensor` of shape `(B, L)`): number of each token's block, counted from its row's start.
         minimum, maximum (`float`): what the times are clipped to.
 
@@ -115,7 +117,7 @@ def block_time(
         epoch_B, place_B, block_BL = epoch_B.cpu(), place_B.cpu(), block_BL.cpu()
     golden, silver = (torch.tensor(step, device=place_B.device) for step in (_GOLDEN, _SILVER))
     row_B = (random_bits(TIME_OFFSET, seed, epoch_B) << (64 - _BITS)) + place_B * golden
-    fraction_BL = _shift_right(row_B[:, None] + block_BL * silver, 64 - _BITS)
+    fraction_BL = _shift_right(_by_token(row_B) + block_BL * silver, 64 - _BITS)
     return minimum + (maximum - minimum) * (fraction_BL.double() * 2.0**-_BITS)
 
 
@@ -155,9 +157,21 @@ def truncation_factor(minimum: float, schedule: str, maximum: float = 1.0) -> fl
     return (maximum - minimum) / float(ends[1] - ends[0])
 
 
-def position_in_row(attention_mask_BL: torch.Tensor) -> torch.Tensor:
-    """The position of each token counted from its row's first one, so that padding on the left shifts no draw."""
-    return attention_mask_BL.long().cumsum(dim=-1) - 1
+def position_in_row(attention_mask_BL: torch.Tensor, document_ids_BL: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The position of each token counted from its row's first one, so that padding on the left shifts no draw; from its
+    document's first one where rows are packed.
+    """
+    position_BL = attention_mask_BL.long().cumsum(dim=-1) - 1
+    if document_ids_BL is None:
+        return position_BL
+    opens_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    opens_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    return position_BL - torch.where(opens_BL, position_BL, 0).cummax(dim=-1).values
+
+
+def _by_token(values: torch.Tensor) -> torch.Tensor:
+    return values if values.ndim == 2 else values[:, None]
 
 
 def bernoulli_mask(
@@ -174,16 +188,15 @@ def bernoulli_mask(
 
     Args:
         seed (`int`): seed of the noise.
-        epoch_B, row_id_B (`torch.LongTensor` of shape `(B,)`): which row of which epoch.
+        epoch_B, row_id_B (`torch.LongTensor` of shape `(B,)`, or `(B, L)` for packed rows): which row of which epoch.
         position_BL (`torch.LongTensor` of shape `(B, L)`): position of each token in its row.
         probability_B (`torch.DoubleTensor` of shape `(B,)` or `(B, L)`): probability of `True`.
 
     Returns:
         `torch.BoolTensor` of shape `(B, L)`.
     """
-    bits_BL = random_bits(TOKEN_MASK, seed, epoch_B[:, None], row_id_B[:, None], position_BL)
-    threshold = (probability_B * 2.0**_BITS).long().to(bits_BL.device)
-    return bits_BL < (threshold if threshold.ndim == 2 else threshold[:, None])
+    bits_BL = random_bits(TOKEN_MASK, seed, _by_token(epoch_B), _by_token(row_id_B), position_BL)
+    return bits_BL < _by_token((probability_B * 2.0**_BITS).long().to(bits_BL.device))
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:

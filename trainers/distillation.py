@@ -3,7 +3,7 @@
 Owns how a row of hidden states of the teacher and one of the student become a number. In chunks of rows, each chunk's
 gradients taken while its logits exist, as in the cross-entropy of the model.
 
-Shapes: N rows, V vocabulary rows, D and E hidden sizes of student and teacher, C rows of a chunk.
+Shapes: N rows, V vocabulary rows, D and E hidden sizes of student and teacher, C rows of a chunk, K kept tokens.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from a2d_hf.modeling.masked_loss import CHUNK_LOGITS
+from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
 
 
 class _LinearKL(torch.autograd.Function):
@@ -93,3 +94,96 @@ def linear_kl(
         transform,
         teacher_transform,
     )
+
+
+class _LinearTopKL(torch.autograd.Function):
+    """Weighted sum of KL(p ‖ q) with all but the tokens that the teacher rates highest lumped into one."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, top_ids_NK, top_log_p_NK, rest_log_p_N, weights_N, transform):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        kl_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        chunk_rows = max(1, CHUNK_LOGITS // (2 * weight_VD.shape[0]))
+        for start in range(0, hidden_ND.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            ids_CK, log_p_CK, rest_log_p_C = top_ids_NK[rows], top_log_p_NK[rows], rest_log_p_N[rows]
+            hidden_CD = hidden_ND[rows]
+            logits_CV, slope_CV = transform(torch.nn.functional.linear(hidden_CD, weight_VD, bias_V))
+            log_q_CV = logits_CV.float().log_softmax(dim=-1)
+            rest_log_q_C = log_q_CV.scatter(1, ids_CK, -torch.inf).logsumexp(dim=-1)
+            p_CK, rest_p_C = log_p_CK.exp(), rest_log_p_C.exp()
+            has_rest_C = rest_p_C > 0
+            kl_C = (p_CK * (log_p_CK - log_q_CV.gather(1, ids_CK))).sum(dim=-1)
+            kl_N[rows] = kl_C + torch.where(has_rest_C, rest_p_C * (rest_log_p_C - rest_log_q_C), 0.0)
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            # d(w * KL) / d logits: w (q - p) at the tokens kept, w q (1 - rest_p / rest_q) at all others.
+            share_C = torch.where(has_rest_C, (rest_log_p_C - rest_log_q_C).exp(), 0.0)
+            q_CV = log_q_CV.exp()
+            grad_CV = (q_CV * (1.0 - share_C)[:, None]).scatter(1, ids_CK, q_CV.gather(1, ids_CK) - p_CK)
+            grad_CV *= weights_N[rows, None]
+            if slope_CV is not None:
+                grad_CV *= slope_CV.float()
+            if needs_hidden:
+                grad_hidden_ND[rows] = grad_CV @ weight_VD.float()
+            if needs_weight:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD.float())
+            if needs_bias:
+                grad_bias_V += grad_CV.sum(dim=0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.mark_non_differentiable(kl_N)
+        return (kl_N * weights_N).sum(), kl_N
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_kl):
+        return (*_LinearKL.backward(ctx, grad_loss, _grad_kl)[:3], None, None, None, None, None)
+
+
+def linear_top_kl(
+    hidden_ND: torch.Tensor,
+    head: torch.nn.Linear,
+    top_ids_NK: torch.Tensor,
+    top_log_p_NK: torch.Tensor,
+    rest_log_p_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    transform: Callable,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The weighted sum over rows of the lumped divergence of a teacher of whom only the K likeliest tokens S are known:
+
+        Σ_i w_i [ Σ_{v in S_i} p_i(v) log(p_i(v) / q_i(v)) + p_i(rest) log(p_i(rest) / q_i(rest)) ],
+
+    rest being all tokens outside S: p(rest) = 1 - Σ_S p(v), q(rest) = 1 - Σ_S q(v). By the data-processing inequality
+    it is never more than KL(p ‖ q), and with K = V it is KL(p ‖ q).
+
+    Args:
+        hidden_ND (`torch.Tensor` of shape `(N, D)`): what goes into the student's head, with gradient.
+        head (`torch.nn.Linear`): the student's head.
+        top_ids_NK (`torch.LongTensor` of shape `(N, K)`): S, distinct in each row.
+        top_log_p_NK (`torch.Tensor` of shape `(N, K)`): the teacher's log-probabilities of S, fp32.
+        rest_log_p_N (`torch.Tensor` of shape `(N,)`): that of the rest; -inf where there is none.
+        weights_N (`torch.Tensor` of shape `(N,)`): what each row counts.
+        transform (`Callable`): what follows the head, as in [`linear_kl`].
+
+    Returns:
+        `tuple`: the sum, with gradient towards the student; the divergences of the rows, without.
+    """
+    weights_N = weights_N.to(device=hidden_ND.device, dtype=torch.float32)
+    return _LinearTopKL.apply(
+        hidden_ND, head.weight, head.bias, top_ids_NK, top_log_p_NK, rest_log_p_N, weights_N, transform
+    )
+
+
+def plain_head(model: A2DForMaskedDiffusion) -> torch.nn.Linear:
+    """The head of a model whose scores can be computed in chunks, for a divergence; `ValueError` where they cannot."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or model.output_head.transform is None:
+        raise ValueError(
+            "`teacher_kl_weight` needs an output head that is a plain linear layer; leave the head out of the "
+            "adapter's `target_modules`."
+        )
+    return head

@@ -55,6 +55,14 @@ class EOSTail:
     max_length: int | None
     seed: int
 
+    def longest_row(self, length: int) -> int:
+        """How long a row of `length` tokens can become."""
+        return (
+            length + self.longest
+            if self.max_length is None
+            else max(length, min(length + self.longest, self.max_length))
+        )
+
     def extend(self, rows: list[dict[str, Any]], epoch: int) -> None:
         """Adds the tails to `rows`, in place, and notes each as `tail_length`."""
         row_ids = torch.tensor([row["row_id"] for row in rows], dtype=torch.int64)
@@ -92,22 +100,30 @@ class OrderedRows(Dataset):
     def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
         epoch, order = self.current_order()
         size = len(self.dataset)
-        indices = [place if order is None else int(order[place]) for place in places if place < size]
+        found = self.rows_at(
+            [(epoch, place if order is None else int(order[place])) for place in places if place < size]
+        )
+        found = iter(found)
+        return [
+            {**(next(found) if place < size else self.blank_row()), "epoch": epoch, "place": place} for place in places
+        ]
+
+    def rows_at(self, wanted: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Rows by epoch and index, each with its `row_id` and, where there are tails, the one it has in that epoch."""
+        indices = [index for _, index in wanted]
         if isinstance(self.dataset, datasets.Dataset):
             found = self.dataset.__getitems__(indices) if indices else []
         else:
             found = [dict(self.dataset[index]) for index in indices]
         for row, index in zip(found, indices, strict=True):
             row.setdefault("row_id", index)
-        if self.tail is not None and found:
-            self.tail.extend(found, epoch)
-        found = iter(found)
-        return [
-            {**(next(found) if place < size else self._blank_row()), "epoch": epoch, "place": place}
-            for place in places
-        ]
+        if self.tail is not None:
+            for epoch in {epoch for epoch, _ in wanted}:
+                self.tail.extend([row for row, (e, _) in zip(found, wanted, strict=True) if e == epoch], epoch)
+        return found
 
-    def _blank_row(self) -> dict[str, Any]:
+    def blank_row(self) -> dict[str, Any]:
+        """A row of one token that is no target."""
         return {"input_ids": list(self.dataset[0]["input_ids"][:1]), "labels": [-100], "row_id": -1}
 
 

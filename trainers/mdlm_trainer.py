@@ -2,7 +2,7 @@
 
 Owns the objective of MDLM (https://huggingface.co/papers/2406.07524) and nothing around it.
 
-Shapes: B rows, L tokens, N masked tokens.
+Shapes: B sequences, L tokens, R rows (as many as sequences unless they are packed), N masked tokens.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import torch
 from a2d_hf.modeling.attention_pattern import AttentionPattern
 
 from .a2d_trainer import A2DTrainer
+from .batch_rows import by_token, in_text, packing_kwargs, sum_by_row
 from .diffusion_noise import (
     OPEN_EDGES,
     bernoulli_mask,
@@ -25,6 +26,7 @@ from .diffusion_noise import (
 )
 from .epoch_order import EOSTail
 from .mdlm_config import MDLMConfig
+from .trainer_card import MDLM
 
 
 @dataclass
@@ -33,8 +35,8 @@ class MDLMNoise:
     The noise of a batch.
 
     Attributes:
-        time_B (`torch.DoubleTensor` of shape `(B,)`): t of each row.
-        elbo_weight_B (`torch.Tensor` of shape `(B,)`): w(t), what a masked token counts in the NELBO.
+        time_B (`torch.DoubleTensor` of shape `(R,)`): t of each row.
+        elbo_weight_B (`torch.Tensor` of shape `(R,)`): w(t), what a masked token of it counts in the NELBO.
         masked_BL (`torch.BoolTensor` of shape `(B, L)`): m, the tokens that are hidden.
         noised_ids_BL (`torch.LongTensor` of shape `(B, L)`): x_t, the ids with the mask token in their place.
     """
@@ -75,6 +77,7 @@ class MDLMTrainer(A2DTrainer):
 
     config_class = MDLMConfig
     objective = "mdlm"
+    paper = MDLM
     args: MDLMConfig
 
     def eos_tail(self) -> EOSTail | None:
@@ -108,14 +111,14 @@ class MDLMTrainer(A2DTrainer):
             [`MDLMNoise`]
         """
         self.check_batch(inputs)
-        args, device = self.args, inputs["labels"].device
+        args, device, documents_BL = self.args, inputs["labels"].device, inputs.get("document_ids")
         time_B = low_discrepancy_time(seed, inputs["epoch"], inputs["place"], minimum=args.time_epsilon)
         drawn_BL = bernoulli_mask(
             seed,
-            inputs["epoch"],
-            inputs["row_id"],
-            position_in_row(inputs["attention_mask"]),
-            mask_probability(time_B, args.noise_schedule),
+            by_token(inputs["epoch"], documents_BL),
+            by_token(inputs["row_id"], documents_BL),
+            position_in_row(inputs["attention_mask"], documents_BL),
+            by_token(mask_probability(time_B, args.noise_schedule), documents_BL),
         )
         masked_BL = drawn_BL & (inputs["labels"] != -100)
         weight_B = elbo_weight(time_B, args.noise_schedule) * truncation_factor(args.time_epsilon, args.noise_schedule)
@@ -131,7 +134,7 @@ class MDLMTrainer(A2DTrainer):
             return self.draw_noise(inputs, seed).masked_BL.sum()
         maskable_BL = inputs["labels"] != -100
         if self.args.loss_normalization == "sequence":
-            return maskable_BL.any(dim=-1).sum()
+            return (sum_by_row(maskable_BL, inputs) > 0).sum()
         return maskable_BL.sum()
 
     def compute_loss(
@@ -149,7 +152,7 @@ class MDLMTrainer(A2DTrainer):
         # 2. What the cross-entropy of a masked token counts.
         weight_B = noise.elbo_weight_B if self.args.loss_weighting == "elbo" else torch.ones_like(noise.elbo_weight_B)
         if self.args.loss_normalization == "sequence":
-            weight_B = weight_B / (labels_BL != -100).sum(dim=-1).clamp(min=1)
+            weight_B = weight_B / sum_by_row(labels_BL != -100, inputs).clamp(min=1)
 
         # 3. Predict what is hidden from all that is not. Only masked tokens are labelled, so only they pass the head.
         outputs = model(
@@ -157,7 +160,8 @@ class MDLMTrainer(A2DTrainer):
             attention_mask=inputs["attention_mask"],
             attention_pattern=self.attention_pattern(),
             labels=labels_BL.masked_fill(~noise.masked_BL, -100),
-            loss_weights=weight_B[:, None].expand(labels_BL.shape),
+            loss_weights=by_token(weight_B, inputs.get("document_ids")).expand(labels_BL.shape),
+            **packing_kwargs(inputs),
             **self.forward_kwargs(),
         )
 
@@ -210,16 +214,18 @@ class MDLMTrainer(A2DTrainer):
         items: torch.Tensor,
     ) -> None:
         # The tail of EOS stands behind the last token: it is trained, but no part of the text whose NELBO this is.
-        attention_mask_BL = inputs["attention_mask"]
-        text_length_B = attention_mask_BL.sum(dim=-1) - inputs.get("tail_length", 0)
-        in_text_BL = position_in_row(attention_mask_BL) < text_length_B[:, None]
+        counted_BL = in_text(inputs) & (inputs["labels"] != -100)
+        elbo_weight_B, time_B, masked_BL = noise.elbo_weight_B, noise.time_B, noise.masked_BL
+        if "document_ids" in inputs:  # every token is a row of its own
+            elbo_weight_B, time_B = (by_token(v, inputs["document_ids"]).flatten() for v in (elbo_weight_B, time_B))
+            masked_BL, counted_BL = masked_BL.reshape(-1, 1), counted_BL.reshape(-1, 1)
         self._metrics["train" if self.model.training else "eval"].update(
             token_nll_N=outputs.token_nll,
             token_hit_N=outputs.token_hit,
-            masked_BL=noise.masked_BL,
-            counted_BL=in_text_BL & (inputs["labels"] != -100),
-            elbo_weight_B=noise.elbo_weight_B,
-            time_B=noise.time_B,
+            masked_BL=masked_BL,
+            counted_BL=counted_BL,
+            elbo_weight_B=elbo_weight_B,
+            time_B=time_B,
             loss=total.detach(),
             items=items,
         )

@@ -14,11 +14,13 @@ from accelerate.utils import is_peft_model
 
 from .anchor_cache import AnchorCache
 from .auxiliary_losses import clean_text
+from .batch_rows import by_token, in_text, tokens_of_rows
 from .diffusion_noise import ALIGNED_LAYERS, ALIGNED_TOKENS, position_in_row, random_bits
 from .mdlm_trainer import MDLMNoise, MDLMTrainer
 from .model_resolution import base_model
 from .repalign_config import RepAlignConfig
 from .teachers import causal_targets, make_teacher
+from .trainer_card import REPALIGN
 
 
 class RepAlignTrainer(MDLMTrainer):
@@ -49,6 +51,7 @@ class RepAlignTrainer(MDLMTrainer):
     """
 
     config_class = RepAlignConfig
+    paper = REPALIGN
     args: RepAlignConfig
 
     def __init__(self, *args, **kwargs):
@@ -127,16 +130,16 @@ class RepAlignTrainer(MDLMTrainer):
             `torch.BoolTensor` of shape `(B, L)`.
         """
         mask_BL, positions = inputs["attention_mask"], self.args.align_positions
-        place_BL = position_in_row(mask_BL)
-        text_length_B = mask_BL.sum(dim=-1) - inputs.get("tail_length", 0)
-        in_text_BL = mask_BL.bool() & (place_BL < text_length_B[:, None]) & (inputs["row_id"] >= 0)[:, None]
+        documents_BL = inputs.get("document_ids")
+        row_id, place_BL = by_token(inputs["row_id"], documents_BL), position_in_row(mask_BL, documents_BL)
+        in_text_BL = in_text(inputs) & (row_id >= 0)
         if positions == "masked_shift":
             targets_BL = inputs["input_ids"].masked_fill(~(masked_BL & in_text_BL), -100)
-            chosen_BL = causal_targets(targets_BL, mask_BL, inputs.get("document_ids")) != -100
+            chosen_BL = causal_targets(targets_BL, mask_BL, documents_BL) != -100
         else:
             chosen_BL = in_text_BL & ~masked_BL if positions == "unmasked" else in_text_BL
         if self.args.align_token_share < 1.0:
-            keys = (self.args.seed, self.state.global_step, inputs["row_id"][:, None], place_BL)
+            keys = (self.args.seed, self.state.global_step, row_id, place_BL)
             chosen_BL = chosen_BL & (random_bits(ALIGNED_TOKENS, *keys) < int(self.args.align_token_share * 2.0**53))
         return chosen_BL
 
@@ -200,26 +203,24 @@ class RepAlignTrainer(MDLMTrainer):
             return [hidden[layer][chosen_BL] for layer in layers], chosen_BL
         found: list[list[torch.Tensor]] = [[] for _ in layers]
         chosen_BL, missing = chosen_BL.clone(), 0
-        for b in range(chosen_BL.shape[0]):
-            if not chosen_BL[b].any():
+        for r, (b, here_T) in enumerate(tokens_of_rows(inputs)):
+            if not chosen_BL[b, here_T].any():
                 continue
-            real_L = inputs["attention_mask"][b].bool()
-            length = int(real_L.sum() - inputs["tail_length"][b])
-            anchors = self.anchors.read(inputs["input_ids"][b][real_L][:length].tolist(), layers)
+            anchors = self.anchors.read(inputs["input_ids"][b, here_T].tolist(), layers)
             if anchors is None:
                 if self.args.anchor_strict:
                     raise ValueError(
-                        f"Row {int(inputs['row_id'][b])} has no anchors in {self.anchors.folder}: precompute them "
+                        f"Row {int(inputs['row_id'][r])} has no anchors in {self.anchors.folder}: precompute them "
                         "from the same dataset and `max_length`, or set `anchor_strict=False` to train it without."
                     )
                 missing += 1
-                chosen_BL[b] = False
+                chosen_BL[b, here_T] = False
                 continue
-            at_P = chosen_BL[b][real_L][:length].cpu()
+            at_P = chosen_BL[b, here_T].cpu()
             for states, layer_TD in zip(found, anchors, strict=True):
                 states.append(layer_TD[at_P])
         self._metrics["train"].add(
-            "rows_without_anchors", torch.tensor(float(missing)), torch.tensor(float(chosen_BL.shape[0]))
+            "rows_without_anchors", torch.tensor(float(missing)), torch.tensor(float(inputs["row_id"].shape[0]))
         )
         width = self.diffusion_config.text_config.get_text_config().hidden_size
         empty = torch.zeros((0, width))

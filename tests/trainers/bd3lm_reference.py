@@ -48,22 +48,21 @@ def token_losses(model, clean, hidden, start, block_size, clean_context="block",
 
 
 def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary=False):
-    """The loss of a batch in training; packed rows have `document_ids`."""
+    """The loss of a batch in training; packed rows have `document_ids`, the number of each in the batch."""
     config, seed = run.diffusion_config, run.args.seed
     size, total, items = config.block_size, torch.zeros(()), 0
     for b in range(batch["input_ids"].shape[0]):
         real = batch["attention_mask"][b].bool()
         row_ids, row_labels = batch["input_ids"][b][real], batch["labels"][b][real]
-        row, epoch, place = (int(batch[name][b]) for name in ("row_id", "epoch", "place"))
-        documents = batch["document_ids"][b][real] if "document_ids" in batch else torch.zeros_like(row_ids)
-        block, offset = 0, 0
+        documents = batch["document_ids"][b][real] if "document_ids" in batch else torch.full_like(row_ids, b)
         for document in documents.unique_consecutive():
+            row, epoch, place = (int(batch[name][document]) for name in ("row_id", "epoch", "place"))
             ids, labels = row_ids[documents == document], row_labels[documents == document]
-            for start in range(0, len(ids), size):
+            for block, start in enumerate(range(0, len(ids), size)):
                 t = time(seed, epoch, place, block, minimum, maximum)
                 share = reference_noise.mask_share(t, schedule)
                 targets = [i for i in range(start, min(start + size, len(ids))) if labels[i] != -100]
-                hidden = [i for i in targets if reference_noise.is_masked(seed, epoch, row, offset + i, share)]
+                hidden = [i for i in targets if reference_noise.is_masked(seed, epoch, row, i, share)]
                 views = [(hidden, reference_noise.weight(t, schedule, minimum))]
                 if complementary:
                     views.append(([i for i in targets if i not in hidden], 1 / (1 - t)))
@@ -72,6 +71,5 @@ def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary
                         run.model, ids, positions, start, size, config.clean_context, config.token_shift
                     )
                     total = total + weight / len(views) * sum(found.values())
-                items, block = items + len(targets), block + 1
-            offset += len(ids)
+                items = items + len(targets)
     return total / items

@@ -14,9 +14,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from a2d_hf.trainers import MDLMConfig, MDLMTrainer
+from a2d_hf.trainers import (
+    A2DTrainer,
+    BD3LMConfig,
+    BD3LMTrainer,
+    MDLMConfig,
+    MDLMTrainer,
+    RepAlignConfig,
+    RepAlignTrainer,
+)
 from a2d_hf.trainers.checkpointed_trainer import CheckpointedTrainer
 from tests.trainers.helpers import diffusion_model, token_rows
+
+
+TRAINERS = {
+    "mdlm": (MDLMTrainer, MDLMConfig, {}),
+    "bd3lm": (BD3LMTrainer, BD3LMConfig, {"objective": "bd3lm", "block_size": 4}),
+    "repalign": (RepAlignTrainer, RepAlignConfig, {}),
+}
 
 
 def kill_inside_the_checkpoint_of(step: int) -> None:
@@ -32,17 +47,18 @@ def kill_inside_the_checkpoint_of(step: int) -> None:
     CheckpointedTrainer._save_optimizer_and_scheduler = half_a_file
 
 
-def train(out: Path, fields: dict) -> MDLMTrainer:
+def train(out: Path, fields: dict) -> A2DTrainer:
     """One run. Leaves final.safetensors (main process) and what it did, told-RANK.json, in `out`."""
-    options = {"family": "gpt2", "rows": 21, "kill_at": None, "evaluate": False}
+    options = {"family": "gpt2", "rows": 21, "kill_at": None, "evaluate": False, "trainer": "mdlm"}
     options |= {name: fields.pop(name) for name in list(fields) if name in options}
     if options["kill_at"] is not None:
         kill_inside_the_checkpoint_of(options["kill_at"])
-    args = MDLMConfig(
-        output_dir=str(out / "run"), report_to="none", disable_tqdm=True, use_cpu=True, max_length=64, **fields
-    )
+    trainer_class, config_class, converted = TRAINERS[options["trainer"]]
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_length": 64}
+    args = config_class(output_dir=str(out / "run"), **quiet | fields)
     rows, held_out = token_rows(options["rows"]), token_rows(7, seed=1)
-    run = MDLMTrainer(diffusion_model(options["family"]), args, train_dataset=rows, eval_dataset=held_out)
+    model = diffusion_model(options["family"], **converted)
+    run = trainer_class(model, args, train_dataset=rows, eval_dataset=held_out)
     seen = []
     compute_loss = run.compute_loss
 

@@ -65,15 +65,15 @@ def test_left_padding_gives_the_same_loss(tmp_path):
 
 @pytest.mark.parametrize("token_shift", [False, True])
 def test_packed_documents_see_only_themselves(token_shift, tmp_path):
-    """Documents of 7, 3 and 6 tokens in one row: blocks start anew in each, and no edge crosses."""
+    """Rows of 7, 3 and 6 tokens in one sequence: blocks and noise start anew in each, and no edge crosses."""
     run = bd3lm_trainer(tmp_path, token_shift=token_shift)
     run.model.train()
     lengths, ids = (7, 3, 6), torch.randint(3, 110, (16,))
     labels, documents = ids.clone(), torch.cat([torch.full((n,), d) for d, n in enumerate(lengths)])
     labels[[0, 7, 10]] = -100
     batch = {"input_ids": ids[None], "labels": labels[None], "document_ids": documents[None]}
-    batch |= {"attention_mask": torch.ones(1, 16, dtype=torch.long), "tail_length": torch.zeros(1, dtype=torch.long)}
-    batch |= {name: torch.tensor([value]) for name, value in (("row_id", 3), ("epoch", 1), ("place", 2))}
+    batch |= {"attention_mask": torch.ones(1, 16, dtype=torch.long), "tail_length": torch.zeros(3, dtype=torch.long)}
+    batch |= {"row_id": torch.tensor([3, 9, 4]), "epoch": torch.tensor([1, 1, 1]), "place": torch.tensor([2, 3, 4])}
     torch.testing.assert_close(
         run.compute_loss(run.model, batch), bd3lm_reference.loss(run, batch), rtol=1e-4, atol=1e-5
     )

@@ -31,6 +31,15 @@ TWO_PROCESSES = {
     "4 rows each": {"per_device_train_batch_size": 4},
     "2 rows each, twice": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "masked": {"per_device_train_batch_size": 4, "loss_normalization": "masked"},
+    "packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24},
+    "bd3lm, packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24, "trainer": "bd3lm"},
+    "repalign, packed": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "packing": True,
+        "max_length": 24,
+        "trainer": "repalign",
+    },
 }
 
 
@@ -47,8 +56,9 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_equal_one(name, two_processes, tmp_path):
-    normalization = TWO_PROCESSES[name].get("loss_normalization", "token")
-    one = train(tmp_path, RUN | {"per_device_train_batch_size": 8, "loss_normalization": normalization})
+    fields = {k: v for k, v in TWO_PROCESSES[name].items() if k != "gradient_accumulation_steps"}
+    rows = 2 * fields["per_device_train_batch_size"] * TWO_PROCESSES[name].get("gradient_accumulation_steps", 1)
+    one = train(tmp_path, RUN | fields | {"per_device_train_batch_size": rows})
     told = json.loads((tmp_path / "told-0.json").read_text())
     both_told = [json.loads((two_processes[name] / f"told-{rank}.json").read_text()) for rank in range(2)]
     assert told["processes"] == 1 and [entry["processes"] for entry in both_told] == [2, 2]
@@ -56,6 +66,9 @@ def test_two_processes_equal_one(name, two_processes, tmp_path):
     both = load_file(two_processes[name] / "final.safetensors")
     for parameter, tensor in one.model.state_dict().items():
         torch.testing.assert_close(both[parameter], tensor, rtol=1e-4, atol=1e-5, msg=parameter)
+    assert len(told["losses"]) > 2
+    if TWO_PROCESSES[name].get("packing"):
+        assert any(len(batch) > fields["per_device_train_batch_size"] for batch in both_told[0]["rows"])
     for entry in both_told:
         assert entry["losses"] == pytest.approx(told["losses"], rel=1e-4)
         assert entry["nelbo"] == pytest.approx(told["nelbo"], rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from a2d_hf.trainers import AnchorCache, RepAlignConfig, RepAlignTrainer, precompute_anchors
-from a2d_hf.trainers.anchor_cache import weights_sha256
+from a2d_hf.trainers.row_cache import weights_sha256
 from tests.conftest import tiny_model
 from tests.trainers import reference_noise
 from tests.trainers.helpers import diffusion_model, first_batch, token_rows, weights
@@ -243,13 +243,18 @@ def test_anchors_equal_the_live_teacher(positions, tmp_path):
 
 def test_writing_goes_on_where_it_stopped_and_leaves_no_half_file(tmp_path, monkeypatch):
     written = []
-    own = AnchorCache.write
-    monkeypatch.setattr(
-        AnchorCache, "write", lambda self, *args: (written.append(1), own(self, *args)) if len(written) < 5 else 1 / 0
-    )
+    own = AnchorCache.write_row
+
+    def crash_at_sixth(self, *args):
+        if len(written) == 5:
+            return 1 / 0
+        written.append(1)
+        return own(self, *args)
+
+    monkeypatch.setattr(AnchorCache, "write_row", crash_at_sixth)
     with pytest.raises(ZeroDivisionError):
         anchors(tmp_path)
-    monkeypatch.setattr(AnchorCache, "write", own)
+    monkeypatch.setattr(AnchorCache, "write_row", own)
     folder, counts = anchors(tmp_path)
     assert counts == (11, 5)
     assert not list(folder.rglob("*.writing"))
@@ -276,7 +281,7 @@ def test_every_weight_counts_in_the_hash_of_a_model():
 
 def test_anchors_of_another_model_are_refused(tmp_path):
     folder, _ = anchors(tmp_path)
-    with pytest.raises(ValueError, match="holds anchors of another model"):
+    with pytest.raises(ValueError, match="was written with another model"):
         repalign(tmp_path, diffusion_model(seed=1), anchor_cache=str(folder))
     with pytest.raises(ValueError, match="was begun with another model_sha256"):
         anchors(tmp_path, model=diffusion_model(seed=1))
@@ -303,7 +308,7 @@ def test_a_damaged_cache_is_found_out(tmp_path):
     folder, _ = anchors(tmp_path)
     files = sorted(folder.rglob("*.safetensors"))
     files[0].write_bytes(files[1].read_bytes())
-    with pytest.raises(ValueError, match="belongs to another row"):
+    with pytest.raises(ValueError, match="does not hold the row that its name stands for"):
         repalign(tmp_path, anchor_cache=str(folder), max_steps=2).train()
     assert json.loads((folder / "anchors.json").read_text())["layers"] == [0, 1, 2]
 

@@ -17,6 +17,7 @@ import a2d_hf.trainers.checkpointed_trainer as checkpointed_trainer
 from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.trainers import MDLMTrainer, last_complete_checkpoint
 from tests.conftest import REPOSITORY
+from tests.trainers import reference_noise
 from tests.trainers.helpers import config, diffusion_model, token_rows, trainer, weights
 
 
@@ -250,3 +251,100 @@ def test_final_weights_on_disk_are_those_in_memory(unbroken):
     folder, final, _, _ = unbroken
     saved = A2DForMaskedDiffusion.from_pretrained(folder / "run" / "checkpoint-9")
     assert all(torch.equal(final[name], tensor) for name, tensor in saved.state_dict().items())
+
+
+# -------------------------------------------------------------------------------------------- finished, and broken off
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+@pytest.mark.parametrize("save_strategy", ["steps", "epoch"])
+def test_a_run_resumed_at_its_last_step_takes_no_other(max_steps, save_strategy, tmp_path):
+    """In the middle of an epoch and at its end: the weights, the steps and the files stay what they are."""
+    fields = {"max_steps": max_steps, "save_strategy": save_strategy}
+    run = build(tmp_path, **fields)
+    run.train()
+    checkpoint = tmp_path / "run" / f"checkpoint-{max_steps}"
+    before = {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
+    resumed = build(tmp_path, **fields)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == max_steps
+    assert_same(resumed, weights(run.model))
+    assert losses(resumed) == losses(run)
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")} == before
+
+
+def broken_head(run, step):
+    """From that step on, the loss is no number."""
+    compute_loss = run.compute_loss
+
+    def broken(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("nan") if run.state.global_step + 1 == step else loss
+
+    run.compute_loss = broken
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(unbroken, tmp_path):
+    run = build(tmp_path)
+    broken_head(run, 3)
+    with pytest.raises(FloatingPointError) as told:
+        run.train()
+    step_3 = reference_noise.order(42, 0, 21)[16:20]
+    assert f"The loss became nan in step 3, in the batch with rows {step_3}." in str(told.value)
+    assert f"The last good checkpoint is {tmp_path / 'run' / 'checkpoint-2'}." in str(told.value)
+    resumed = build(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed, unbroken[1])
+
+
+class BreakTheWeightsAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+
+
+def test_the_batch_is_not_blamed_for_weights_that_were_broken_before(tmp_path):
+    run = build(tmp_path, save_strategy="no", callbacks=[BreakTheWeightsAfter(1)])
+    with pytest.raises(FloatingPointError, match="in step 2, .*because the step before broke the weights"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {},
+            r"try `per_device_train_batch_size=2` with `gradient_accumulation_steps=4` \(the same training; now 4",
+        ),
+        ({}, r"then `gradient_checkpointing=True`, then a smaller `max_length`, then LoRA"),
+        (
+            {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+            "step 3: try a smaller `max_length`, then",
+        ),
+    ],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory_says_what_to_change(fields, told, error, tmp_path):
+    run = build(tmp_path, **fields)
+    compute_loss = run.compute_loss
+
+    def full(*args, **kwargs):
+        if run.state.global_step == 2:
+            raise error
+        return compute_loss(*args, **kwargs)
+
+    run.compute_loss = full
+    with pytest.raises(torch.OutOfMemoryError, match=told) as raised:
+        run.train()
+    assert str(raised.value).startswith("Out of memory in step 3") and "checkpoint-2." in str(raised.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    run = build(tmp_path)
+    run.compute_loss = lambda *args, **kwargs: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="size"):
+        run.train()
