@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--sort", type=Path, required=True, help="folder of the sorting checkpoint")
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "bench_decoding", help="where models are kept")
     parser.add_argument("--train-steps", type=int, default=400, help="optimizer steps of each story model")
-    parser.add_argument("--sort-steps", type=int, default=300, help="optimizer steps of the sorting model")
+    parser.add_argument("--sort-steps", type=int, default=60, help="optimizer steps of the sorting model")
     parser.add_argument("--prompts", type=int, default=200, help="texts of self-speculation")
     parser.add_argument("--new", type=int, default=64, help="tokens to write")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decoding_quality_cpu.json")
