@@ -43,6 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hit_N = torch.empty(rows, dtype=torch.bool, device=device)
         nll_chunks, hidden_chunks, grad_weight_VD, grad_bias_V = [], [], None, None
         for start in range(0, rows, chunk_rows):
+            raw_CV = logits_CV = grad_CV = None  # or the chunk before would live beside this one
             chunk = slice(start, start + chunk_rows)
             hidden_CD, targets_C, weights_C1 = hidden_ND[chunk], targets_N[chunk], weights_N[chunk, None]
             raw_CV = torch.nn.functional.linear(hidden_CD, weight_VD, bias_V)
