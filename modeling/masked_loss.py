@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 
-# Rows times vocabulary of one chunk's logits: 2^26 fp32 numbers are 256 MiB.
-CHUNK_LOGITS = 2**26
+# Rows times vocabulary of one chunk's logits: 2^25 fp32 numbers are 128 MiB.
+CHUNK_LOGITS = 2**25
 
 
 def cross_entropy_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
