@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from .attention_pattern import AttentionPattern, Place
+from .last_layer import RowsRead, attend_from_rows_read
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class PatternInForce:
         fast_path (`bool`): whether "everything visible" may be expressed by passing no mask at all.
         seen (`int`): tokens in the cache, before the first query.
         kept (`dict`): what the layers of one pass share (alibi_distance.py).
+        rows_read (`RowsRead`, *optional*): the rows that the last layer is computed for; `None` means all.
     """
 
     pattern: AttentionPattern
@@ -47,6 +49,7 @@ class PatternInForce:
     fast_path: bool = True
     seen: int = 0
     kept: dict = field(default_factory=dict)
+    rows_read: RowsRead | None = None
 
     def rule(self, own: Callable | None) -> Callable:
         """
@@ -113,7 +116,11 @@ def pattern_in_force(state: PatternInForce | None) -> Iterator[None]:
     """Puts a pattern in force for the current context; `None` restores the library's own behaviour."""
     token = _IN_FORCE.set(state)
     try:
-        yield
+        if state is None or state.rows_read is None:
+            yield
+        else:
+            with state.rows_read.in_force():
+                yield
     finally:
         _IN_FORCE.reset(token)
 
@@ -221,7 +228,7 @@ def _weigh_future_edges(name: str, built, state: PatternInForce, log_weight: flo
     return torch.where(built < 0, built, built + weight_B1QK)
 
 
-def _wrap_attention_function(library_function: Callable) -> Callable:
+def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
     @functools.wraps(library_function)
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
         state = _IN_FORCE.get()
@@ -239,6 +246,8 @@ def _wrap_attention_function(library_function: Callable) -> Callable:
                 )
         if state is not None and state.windows == "open" and kwargs.get("sliding_window") is not None:
             kwargs["sliding_window"] = None  # flash kernels apply the window themselves
+        if name == "sdpa":
+            return attend_from_rows_read(library_function, module, query, key, value, attention_mask, *args, **kwargs)
         return library_function(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
@@ -264,4 +273,4 @@ def install() -> None:
             AttentionMaskInterface.register(name, _wrap_mask_function(name, masks[name]))
         # `eager` is each model's own function: it is handed an explicit mask and needs no wrapper.
         if name in attentions:
-            AttentionInterface.register(name, _wrap_attention_function(attentions[name]))
+            AttentionInterface.register(name, _wrap_attention_function(name, attentions[name]))

@@ -1,34 +1,16 @@
 """Which inputs of a layer move which of its outputs, measured layer by layer.
 
-Owns the search for a model's layers and the replay of each, alone, inside a real forward pass. Judges nothing: the
+Owns the replay of each layer, alone, inside a real forward pass. Judges nothing: the
 reach gate compares what is found here with what should be. Not copied into checkpoints.
 
 Shapes: L positions; [i, j] of an edge matrix says whether input j moves output i.
 """
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_pattern import AttentionPattern
+from .last_layer import decoder_layers
 from .modeling_a2d import A2DForMaskedDiffusion
-
-
-def decoder_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated layers of a model, outermost ones only, in order; those of other towers included."""
-    found: list[tuple[str, torch.nn.Module]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, GradientCheckpointingLayer) and not inside:
-            found.append((name, module))
-    if found:
-        return found
-    # Models from before that base class: the members of a list as long as the model is deep.
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return [(f"{name}.{index}", layer) for index, layer in enumerate(module)]
-    return []
 
 
 def layer_edges(

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 
-# Rows times vocabulary of one chunk's logits: 2^26 fp32 numbers are 256 MiB.
-CHUNK_LOGITS = 2**26
+# Rows times vocabulary of one chunk's logits: 2^25 fp32 numbers are 128 MiB.
+CHUNK_LOGITS = 2**25
 
 
 def cross_entropy_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def cross_entropy_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tupl
         `torch.Tensor` of shape `(N,)` in nats, fp32, with gradient; and booleans of shape `(N,)`.
     """
     targets_N = targets_N.to(logits_NV.device)
-    nll_N = torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    nll_N = torch.nn.functional.cross_entropy(logits_NV.to(_wide(logits_NV.dtype)), targets_N, reduction="none")
     return nll_N, logits_NV.detach().argmax(dim=-1) == targets_N
 
 
@@ -39,44 +39,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, weights_N, transform, chunk_rows):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        nll_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        hit_N = torch.empty(hidden_ND.shape[0], dtype=torch.bool, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        # Summed over chunks in fp32: a half-precision sum would lose the small ones.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
-        # Gradients are taken before any loss scaling, so half precision without bfloat16's range must not hold them.
-        wide = hidden_ND.dtype == torch.float16
-        if wide and needs_hidden:
-            grad_hidden_ND = grad_hidden_ND.float()
-        for start in range(0, hidden_ND.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
+        rows, device = hidden_ND.shape[0], hidden_ND.device
+        hit_N = torch.empty(rows, dtype=torch.bool, device=device)
+        nll_chunks, hidden_chunks, grad_weight_VD, grad_bias_V = [], [], None, None
+        for start in range(0, rows, chunk_rows):
+            raw_CV = logits_CV = grad_CV = None  # or the chunk before would live beside this one
+            chunk = slice(start, start + chunk_rows)
+            hidden_CD, targets_C, weights_C1 = hidden_ND[chunk], targets_N[chunk], weights_N[chunk, None]
             raw_CV = torch.nn.functional.linear(hidden_CD, weight_VD, bias_V)
-            if wide:
-                hidden_CD = hidden_CD.float()
-            logits_CV, slope_CV = transform(raw_CV)
-            logits_CV = logits_CV.float()
-            nll_N[rows] = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
-            hit_N[rows] = logits_CV.argmax(dim=-1) == targets_C
+            # What the head computes in: under autocast not what its weight is stored in. Gradients are taken before
+            # any loss scaling, so float16, which has not bfloat16's range, must not hold them.
+            compute = torch.float32 if raw_CV.dtype == torch.float16 else raw_CV.dtype
+            logits_CV, slope_CV = transform(raw_CV if compute == raw_CV.dtype else raw_CV.to(compute))
+            logits_CV = logits_CV.to(_wide(compute))
+            # In place from here on: one tensor is logits, then probabilities, then gradient.
+            top_C1, best_C1 = logits_CV.max(dim=-1, keepdim=True)
+            hit_N[chunk] = best_C1[:, 0] == targets_C
+            target_C1 = logits_CV.gather(1, targets_C[:, None])
+            sum_C1 = logits_CV.sub_(top_C1).exp_().sum(dim=-1, keepdim=True)
+            nll_chunks.append((sum_C1.log() + top_C1 - target_C1)[:, 0])
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            # d(w * nll) / d logits = w * (softmax - onehot), then through the transform.
-            grad_CV = logits_CV.softmax(dim=-1)
-            grad_CV[torch.arange(targets_C.shape[0], device=targets_C.device), targets_C] -= 1.0
-            grad_CV *= weights_N[rows, None]
+            # d nll / d logits = softmax - onehot, then through the transform. The row weights go to the small side.
+            logits_CV.div_(sum_C1).scatter_add_(1, targets_C[:, None], -torch.ones_like(sum_C1))
             if slope_CV is not None:
-                grad_CV *= slope_CV.float()
-            grad_CV = grad_CV.to(hidden_CD.dtype)
-            if needs_hidden:
-                grad_hidden_ND[rows] = grad_CV @ weight_VD.to(grad_CV.dtype)
-            if needs_weight:
-                if grad_CV.dtype == torch.float32:
-                    grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
-                else:
-                    grad_weight_VD += grad_CV.T @ hidden_CD
-            if needs_bias:
-                grad_bias_V += grad_CV.float().sum(dim=0)
+                logits_CV.mul_(slope_CV)
+            with torch.autocast(device.type, enabled=False):
+                grad_CV = logits_CV.to(compute)
+                if needs_hidden:
+                    hidden_chunks.append((grad_CV @ weight_VD.to(compute)) * weights_C1)
+                if needs_weight:
+                    weighted_CD = (hidden_CD * weights_C1).to(compute)
+                    grad_weight_VD = _add_product(grad_weight_VD, grad_CV.T, weighted_CD, chunk_rows < rows)
+                if needs_bias:
+                    summed_V = logits_CV.T @ weights_C1[:, 0].to(logits_CV.dtype)
+                    grad_bias_V = summed_V if grad_bias_V is None else grad_bias_V + summed_V
+        nll_N = torch.cat(nll_chunks) if rows else torch.zeros(0, dtype=_wide(hidden_ND.dtype), device=device)
+        grad_hidden_ND = (torch.cat(hidden_chunks) if rows else torch.zeros_like(hidden_ND)) if needs_hidden else None
+        if not rows:
+            grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
+            grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(nll_N, hit_N)
@@ -84,17 +86,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_nll, _grad_hit):
-        hidden, weight, bias = ctx.saved_tensors
-        hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if hidden is None else (hidden * grad_loss.to(hidden.dtype)).to(hidden_dtype),
-            None if weight is None else (weight * grad_loss).to(weight_dtype),
-            None if bias is None else (bias * grad_loss).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        # The gradient of the head is as large as the head: a scaled copy of it would cost more time than the scaling.
+        # Only `retain_graph` may need the unscaled one again.
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        gradients = [
+            None if saved is None else (saved * grad_loss if keep else saved.mul_(grad_loss)).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None, None, None)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What cross-entropies are computed in: fp32, or what is wider still."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _add_product(
+    total_VD: torch.Tensor | None, left_VC: torch.Tensor, right_CD: torch.Tensor, more: bool
+) -> torch.Tensor:
+    """Adds a product to a sum over chunks, which is fp32: a half-precision sum would lose the small ones."""
+    if total_VD is None:
+        product_VD = left_VC @ right_CD
+        return product_VD.to(_wide(product_VD.dtype)) if more else product_VD
+    if total_VD.dtype == left_VC.dtype:
+        return total_VD.addmm_(left_VC, right_CD)
+    return total_VD.add_(left_VC @ right_CD)
 
 
 def linear_cross_entropy(

@@ -6,6 +6,8 @@ checkpoint is read and written. No per-family code: the pattern reaches the pare
 Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N rows of logits that somebody asked for.
 """
 
+import contextlib
+import dataclasses
 import inspect
 import os
 from typing import Any
@@ -23,6 +25,7 @@ from .checkpoint_writing import CheckpointWriting
 from .configuration_a2d import A2DConfig
 from .generation_a2d import A2DGenerationMixin
 from .generation_config_a2d import A2DGenerationConfig
+from .last_layer import LastLayer, shows_layers
 from .mask_token import MaskToken, add_mask_token, choose_mask_token, prepare_mask_rows
 from .modeling_outputs_a2d import A2DOutput
 from .output_head import HeadRows, OutputHead, head_rows
@@ -81,6 +84,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         # Models of the old kind call a kernel of their own, which reads "no mask" as "causal".
         self._none_means_open = bool(type(backbone)._supports_attention_backend)
         self.output_head = OutputHead(backbone)
+        self.last_layer = LastLayer(backbone)
         self.mask_token: MaskToken | None = None
         self.post_init()
 
@@ -309,6 +313,11 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
 
         # 3. The parent, with the pattern in force.
         state = self._pattern_in_force(pattern, layout, placed=position_ids is not None)
+        keeps_all = use_cache or past_key_values is not None
+        keeps_all = keeps_all or shows_layers(self.config.text_config, output_hidden_states, kwargs)
+        if state is not None and labels is not None and not keeps_all:
+            rows_read = self.last_layer.rows_read(rows_N, tokens, self._open_attention)
+            state = dataclasses.replace(state, rows_read=rows_read)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         if layout.moves_positions:
             if not (self._accepts_position_ids or self.alibi_layers):
@@ -362,6 +371,10 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
                 head, outputs.logits, wanted, labels[wanted_BL], weights_N, num_items_in_batch
             )
         return result if return_dict is None or return_dict else result.to_tuple()
+
+    def _open_attention(self) -> contextlib.AbstractContextManager[None]:
+        pattern, fast_path = AttentionPattern.bidirectional(), self._none_means_open
+        return pattern_in_force(PatternInForce(pattern, self.config.sliding_window, fast_path=fast_path))
 
     def _pattern_in_force(
         self, pattern: AttentionPattern, layout: TokenLayout, placed: bool = False

@@ -122,6 +122,8 @@ class TokenLayout:
         """Whether a real token stands elsewhere than the parent would put it; padding on the right moves none."""
         if self.position_BK is None:
             return False
+        if self.copy_K is not None:
+            return True  # every copy counts from 0; answered without waiting for the device
         natural_K = torch.arange(self.position_BK.shape[1], device=self.device)
         moved_BK = self.position_BK != natural_K
         return bool((moved_BK if self.valid_BK is None else moved_BK & self.valid_BK).any())

@@ -75,6 +75,53 @@ def test_half_precision_is_close_and_its_sums_are_fp32(dtype):
     torch.testing.assert_close(half_hidden.grad.float(), hidden.grad, atol=2e-6, rtol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_under_a_scaled_loss_gives_the_fp32_gradients(dtype):
+    """fp16 training scales the loss up in backward, too late for gradients that the forward has taken in fp16."""
+    head, hidden, targets, weights = problem(torch.float32, bias=False)
+    reference, hidden_reference = copy.deepcopy(head), hidden.detach().clone().requires_grad_(True)
+    weights = weights * 1e-6  # what is left of them in a large batch: below the smallest normal fp16 number
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    with torch.autocast("cpu", dtype=dtype):
+        loss, nll, _ = linear_cross_entropy(hidden, head, targets, weights, chunk_rows=5)
+    scaler.scale(loss).backward()
+    linear_cross_entropy(hidden_reference, reference, targets, weights)[0].backward()
+    assert nll.dtype == torch.float32 and head.weight.grad.dtype == torch.float32
+    tolerance = {"rtol": 0.05, "atol": 2e-8}
+    torch.testing.assert_close(head.weight.grad / 2**16, reference.weight.grad, **tolerance)
+    torch.testing.assert_close(hidden.grad / 2**16, hidden_reference.grad, **tolerance)
+
+
+def test_a_double_model_has_a_double_loss():
+    head, hidden, targets, weights = problem(torch.float64)
+    loss, nll, _ = linear_cross_entropy(hidden, head, targets, weights, chunk_rows=5)
+    exact = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
+    assert nll.dtype == torch.float64
+    torch.testing.assert_close(loss, (exact * weights).sum(), rtol=1e-13, atol=0)
+
+
+def test_a_graph_that_is_kept_can_be_read_twice():
+    """Gradients are scaled in place where backward runs once, and copied where it may run again."""
+    head, hidden, targets, weights = problem(torch.float32)
+    loss = linear_cross_entropy(hidden, head, targets, weights, chunk_rows=5)[0] * 3.0
+    leaves = [hidden, *head.parameters()]
+    first = [gradient.clone() for gradient in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    for once, twice in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(once, twice)
+
+
+def test_one_chunk_of_logits_is_all_that_is_held():
+    """Logits, probabilities and their gradient share one tensor; nothing of [rows, vocabulary] is there with more."""
+    head = torch.nn.Linear(16, 5000, bias=False)
+    hidden, targets = torch.randn(400, 16, requires_grad=True), torch.randint(0, 5000, (400,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(hidden, head, targets, torch.rand(400), chunk_rows=40)[0].backward()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(torch.tensor(changes).cumsum(0).tolist())
+    chunk, head_bytes = 40 * 5000 * 4, head.weight.nbytes
+    assert peak < head_bytes + 1.5 * chunk < 400 * 5000 * 4
+
+
 def test_no_rows_give_a_loss_of_zero_with_a_gradient():
     head, hidden, _, _ = problem(torch.float32)
     loss, nll, _ = linear_cross_entropy(hidden[:0], head, torch.zeros(0, dtype=torch.long), torch.zeros(0))
