@@ -182,12 +182,11 @@ def _keep_quantized_layout(model: PreTrainedModel | PeftModel) -> None:
     On some CPUs bitsandbytes repacks 4-bit weights at their first pass in eval mode. No gradient goes through them
     from then on, without an error, and PEFT merges into the wrong numbers: a model in training keeps the layout.
     """
-    if "bitsandbytes" not in sys.modules:
+    bitsandbytes = sys.modules.get("bitsandbytes")  # an extra; whoever quantized the model has imported it
+    if bitsandbytes is None:
         return
-    from bitsandbytes.nn import Linear4bit
-
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
