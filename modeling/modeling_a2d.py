@@ -304,7 +304,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         rows_N, blind = rows_through_head(wanted_BL, source_BL, shape, device)
 
         # 3. The parent, with the pattern in force.
-        state = self._pattern_in_force(pattern, layout, placed=position_ids is not None)
+        state = self._pattern_in_force(pattern, layout)
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         if layout.moves_positions:
             if not (self._accepts_position_ids or self.alibi_layers):
@@ -359,12 +359,10 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
             )
         return result if return_dict is None or return_dict else result.to_tuple()
 
-    def _pattern_in_force(
-        self, pattern: AttentionPattern, layout: TokenLayout, placed: bool = False
-    ) -> PatternInForce | None:
+    def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
         windows = self.config.sliding_window
         # The parent's own ALiBi counts columns: where a caller placed the tokens, even the causal pattern is ours.
-        if pattern.is_causal and layout.document_BK is None and not (placed and self.alibi_layers):
+        if pattern.is_causal and layout.document_BK is None and not (layout.placed and self.alibi_layers):
             return None  # the parent's own path, fast kernels and all
         if pattern.is_causal:
             windows = "keep"  # the causal pattern is the parent's, whatever happens to windows when it opens
