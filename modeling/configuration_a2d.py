@@ -92,9 +92,9 @@ class A2DConfig(PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, _text_value(text_config, name))
         # The base class hands these down to `text_config`, which may belong to a model that is already built: what
-        # nobody asked to change stays as the parent has it.
-        kwargs.setdefault("attn_implementation", text_config._attn_implementation)
-        kwargs.setdefault("experts_implementation", text_config._experts_implementation)
+        # nobody asked to change stays as the parent has it, and as each part of a parent of several parts has it.
+        kwargs.setdefault("attn_implementation", {"": text_config._attn_implementation, "text_config": {}})
+        kwargs.setdefault("experts_implementation", {"": text_config._experts_implementation, "text_config": {}})
         dtype = kwargs.pop("dtype", None) or text_config.dtype
         super().__init__(dtype=dtype, **kwargs)
 

@@ -125,7 +125,6 @@ def _check_alone(config: "A2DGenerationConfig", deep: bool) -> None:
             for other, on in beside.items():
                 if on:
                     raise ValueError(f"`{name}` does not go together with `{other}`: leave one of them out.")
-            beside[name] = True
 
 
 def _check_selector(selector: Any) -> None:

@@ -312,7 +312,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         rows_N, blind = rows_through_head(wanted_BL, source_BL, shape, device)
 
         # 3. The parent, with the pattern in force.
-        state = self._pattern_in_force(pattern, layout, placed=position_ids is not None)
+        state = self._pattern_in_force(pattern, layout)
         keeps_all = use_cache or past_key_values is not None
         keeps_all = keeps_all or shows_layers(self.config.text_config, output_hidden_states, kwargs)
         if state is not None and labels is not None and not keeps_all:
@@ -376,14 +376,12 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         pattern, fast_path = AttentionPattern.bidirectional(), self._none_means_open
         return pattern_in_force(PatternInForce(pattern, self.config.sliding_window, fast_path=fast_path))
 
-    def _pattern_in_force(
-        self, pattern: AttentionPattern, layout: TokenLayout, placed: bool = False
-    ) -> PatternInForce | None:
+    def _pattern_in_force(self, pattern: AttentionPattern, layout: TokenLayout) -> PatternInForce | None:
         windows = self.config.sliding_window
         # Rows that stand at different places of one cache: windows would count slots instead of positions.
         ragged = layout.seen > 0 and layout.valid_BK is not None
         # The parent's own ALiBi counts columns: where a caller placed the tokens, even the causal pattern is ours.
-        counted = placed and self.alibi_layers > 0
+        counted = layout.placed and self.alibi_layers > 0
         if pattern.is_causal and layout.document_BK is None and not ragged and not counted:
             return None  # the parent's own path, fast kernels and all
         if pattern.is_causal:

@@ -25,6 +25,7 @@ class TokenLayout:
         valid_BK (`torch.Tensor`, *optional*): False at padding; `None` means no padding.
         document_BK (`torch.Tensor`, *optional*): documents of packed rows.
         copy_K (`torch.Tensor`, *optional*): which copy of the sequence a token belongs to; 1 marks an open tail.
+        placed (`bool`): whether the caller gave the positions.
     """
 
     shape: tuple[int, int]
@@ -34,6 +35,7 @@ class TokenLayout:
     valid_BK: torch.Tensor | None = None
     document_BK: torch.Tensor | None = None
     copy_K: torch.Tensor | None = None
+    placed: bool = False
 
     @classmethod
     def of(
@@ -57,7 +59,7 @@ class TokenLayout:
             )
         if copies > 1 and seen:
             raise ValueError("The bd3lm pattern is for training and takes no cache; decode with block_causal.")
-        layout = cls((rows, length), seen, device)
+        layout = cls((rows, length), seen, device, placed=position_ids is not None)
         if attention_mask is not None:
             if tuple(attention_mask.shape) != (rows, total):
                 raise ValueError(

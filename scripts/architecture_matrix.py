@@ -25,14 +25,14 @@ EVERY = (*CORE, "bd3lm", "documents", "cache", "rows", "eager")
 
 # Why a type is not exact, where the measurement alone does not say it: whose limit it is, and what it would take.
 REASONS = {
+    "dots3_note": "a limit of ours: its vision adapter's width is not among the sizes that shrink with the text "
+    "model's; its text model, dots3_note_text, is exact",
     "deepseek_v4": "a limit of transformers: the branch that reads compressed tokens decides by position what is past "
     "and asks for no mask, so it stays causal; opening it would take a mask in the library. `a2d convert` refuses it",
     "gemma3n": "a limit of this installation: transformers builds its vision tower from timm; its text model, "
     "gemma3n_text, is exact",
     "gemma4_assistant": "a draft head of another model, with no text model of its own; transformers' default "
     "configuration of it is not valid",
-    "got_ocr2": "the causal mask spelled out takes another kernel than none at all, and rounds otherwise; as its "
-    "parent's own causal path the identity is exactly 0",
     "inkling_text": "a limit of ours: keys and values run through a causal convolution, whose reach the gate cannot "
     "tell from the window it mirrors in layers that have both; the layers without a window are exact",
     "inkling2_text": "a limit of ours, as for inkling_text",

@@ -173,7 +173,7 @@ def test_drafts_may_be_approximate_where_they_are_verified():
         (mdlm_model, {"approximate_cache": "dual"}, "set `block_size`"),
         (mdlm_model, {"approximate_cache": "exact"}, "must be None or one of prefix, dual, not 'exact'"),
     ],
-    ids=str,
+    ids=["bd3lm", "no_block_size", "unknown"],
 )
 def test_what_makes_no_sense_is_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):

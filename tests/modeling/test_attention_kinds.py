@@ -80,3 +80,11 @@ def test_a_hybrid_never_lets_a_later_block_back_and_takes_no_block_cache(model_t
             change = (model(moved, attention_pattern=pattern).logits - base).abs().amax(-1)[0]
             assert not change[block < block[j]].any() and change[j] > 0
     assert not model._caches_blocks
+
+
+def test_a_parent_of_several_parts_keeps_the_attention_of_each():
+    """A wrapper that hands its own choice down makes the text model of GOT-OCR2 eager: another kernel, other bits."""
+    parent, before = tiny_parent("got_ocr2"), tiny_parent("got_ocr2").config.get_text_config()._attn_implementation
+    model = A2DForMaskedDiffusion.from_causal_lm(parent, mask_token_id=MASK_ID).eval()
+    assert before == "sdpa" and model.backbone.config.get_text_config()._attn_implementation == before
+    assert identity_gate(model, tiny_parent("got_ocr2")).passed
