@@ -294,6 +294,9 @@ def _saves_exactly(model, x) -> bool:
             for name, tensor in ours.state_dict().items():
                 if not torch.equal(tensor, loaded[name]):
                     raise ValueError(f"{name} differs after loading")
+        with torch.no_grad():  # buffers are not among the weights, and may be what closes attention
+            if not torch.equal(model(input_ids=x).logits, again.eval()(input_ids=x).logits):
+                raise ValueError("the model loaded again computes something else")
     finally:
         shutil.rmtree(folder)
     return True

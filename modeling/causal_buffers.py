@@ -18,22 +18,25 @@ def open_causal_buffers(backbone: torch.nn.Module) -> int:
         backbone (`torch.nn.Module`): the parent.
 
     Returns:
-        `int`: how many modules were hooked.
+        `int`: how many modules were hooked; on the meta device, those that may have one.
     """
     found = 0
     for module in backbone.modules():
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None and _is_causal_buffer(buffer):
+            # While weights are loaded a buffer has a shape and no values: what it is shows when the module runs.
+            if buffer is not None and _is_square(buffer) and (buffer.is_meta or _is_causal_buffer(buffer)):
                 _hook(module, name)
                 found += 1
     return found
 
 
+def _is_square(buffer: torch.Tensor) -> bool:
+    if buffer.ndim < 2 or buffer.shape[-1] != buffer.shape[-2] or buffer.shape[-1] < 2:
+        return False
+    return buffer.numel() == buffer.shape[-1] ** 2
+
+
 def _is_causal_buffer(buffer: torch.Tensor) -> bool:
-    if buffer.ndim < 2 or buffer.shape[-1] != buffer.shape[-2] or buffer.shape[-1] < 2 or buffer.is_meta:
-        return False
-    if buffer.numel() != buffer.shape[-1] ** 2:
-        return False
     square_LL = buffer.reshape(buffer.shape[-2:])
     yes_LL = square_LL != 0
     values = square_LL[yes_LL].unique()
@@ -43,10 +46,15 @@ def _is_causal_buffer(buffer: torch.Tensor) -> bool:
 def _hook(module: torch.nn.Module, name: str) -> None:
     # Around every call of the module, so that a recomputation under activation checkpointing swaps again.
     lent: list[torch.Tensor] = []
+    is_causal: list[bool] = []
 
     def stand_in(module, args, kwargs):
         state = current_pattern()
         if state is None:
+            return
+        if not is_causal:
+            is_causal.append(_is_causal_buffer(module._buffers[name]))
+        if not is_causal[0]:
             return
         hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
         own = module._buffers[name]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.modeling import attention_interface as interface
@@ -182,6 +182,20 @@ def test_gpt_neo_is_the_trap_that_passes_identity_and_never_opens():
             del module._forward_pre_hooks[handle]  # without the stand-in for its own causal buffers
     assert identity_gate(model, parent).passed
     assert "stays causal" in reach_gate(model).message
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "openai-gpt"])
+def test_a_causal_buffer_opens_in_a_model_that_was_loaded(family: str, tmp_path):
+    # While weights are loaded, such a buffer is on the meta device and holds nothing that could be recognised.
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 8} if family == "gpt_neo" else {}
+    parent = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=2, **sizes, **kinds))
+    parent.save_pretrained(tmp_path / "parent")
+    model = A2DForMaskedDiffusion.from_pretrained(tmp_path / "parent", mask_token_id=MASK_ID).eval()
+    model.save_pretrained(tmp_path / "converted")
+    for loaded in (model, A2DForMaskedDiffusion.from_pretrained(tmp_path / "converted").eval()):
+        assert reach_gate(loaded).passed
+        assert identity_gate(loaded, copy.deepcopy(parent).eval()).passed
 
 
 @pytest.mark.parametrize("tied", [True, False])
