@@ -27,6 +27,7 @@ ALIASES = {
     ("prompt", "response"): ("prompt", "completion"),
     ("question", "answer"): ("prompt", "completion"),
     ("instruction", "output"): ("prompt", "completion"),
+    ("input", "output"): ("prompt", "completion"),
 }
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 HINT = 'a row needs "text", or "prompt" and "completion", or "messages"'
@@ -190,6 +191,9 @@ def _rename(result: Rows) -> None:
     with_input = prompt == "instruction" and any(row.get("input") for row in result.rows)
     renamed = []
     for row in result.rows:
+        if isinstance(row[prompt], list) and isinstance(row[completion], str):  # turns, and the text of the last one
+            renamed.append({"prompt": row[prompt], "completion": [{"role": "assistant", "content": row[completion]}]})
+            continue
         # The instruction form keeps its material apart; below the instruction is where its users put it.
         extra = f"\n\n{row['input']}" if with_input and row.get("input") else ""
         renamed.append({"prompt": row[prompt] + extra, "completion": row[completion]})
