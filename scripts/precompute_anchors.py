@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from a2d_hf import RepAlignConfig, RepAlignTrainer
 from a2d_hf.data_mixture import load_training_data
@@ -50,7 +50,14 @@ def main(
     dataset = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field).train
     if not isinstance(dataset, Dataset):
         raise ValueError("A stream has no end to precompute anchors of: set `dataset_streaming` to false.")
-    trainer = RepAlignTrainer(model=model_args.model_name_or_path, args=training_args, train_dataset=dataset)
+    # Quantized as in the training, so that the anchors are those of the very weights under the adapter.
+    trainer = RepAlignTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
     written, there = precompute_anchors(
         trainer.model,
         trainer.train_dataset,

@@ -109,7 +109,7 @@ def test_the_27b_configuration_trains_what_a2d_convert_made(hub):
     convert = ["convert", "Qwen/Qwen3.5-27B-text", "--out", "runs/qwen3.5-27b", "--token-shift"]
     assert cli.main(convert) == 1, "a hybrid needs the flag"
     assert cli.main([*convert, "--allow-hybrid"]) == 0
-    layers = ["--align_layers", "2", "4"]
+    layers = ["--align_layers", "2", "4", "--dtype", "float32"]
     script = load("../scripts/precompute_anchors")
     script.main(*script.make_parser().parse_args_and_config(["--config", str(CONFIGS[QLORA]), *SMALLER, *layers]))
     trainer = run(QLORA, *layers)
