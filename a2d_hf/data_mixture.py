@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import ALIASES, FORMS, HINT, SUFFIXES
+from .data import ALIASES, FORMS, HINT, KEPT, SUFFIXES
 from .errors import BadInput
 
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Keys of the compact form that say how to read; any other names a column that must hold the value.
 OPTIONS = ("name", "split", "weight", "train", "test")
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-KEPT = {"tools", "chat_template_kwargs", "labels"}  # columns that mean something beside those of a form
 
 
 @dataclass
