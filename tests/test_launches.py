@@ -1,4 +1,4 @@
-"""The accelerate configurations, launched: as many processes as they say, of the kind they say, and a model at the end.
+"""The accelerate configurations, launched: the processes and the kind that they promise, and a model at the end.
 
 ZeRO needs DeepSpeed and a GPU: those are read here and not run.
 """

@@ -1,4 +1,4 @@
-"""`a2d data preview`: what a training would see of some data: its rows as the model reads them, with the targets marked.
+"""`a2d data preview`: rows as the model will read them, with what is trained on marked.
 
 Owns the command's flags and how rows are shown. The way from data to rows is that of `a2d convert --data`.
 """
@@ -84,6 +84,8 @@ def _model(name: str) -> tuple[Any, dict[str, Any]]:
     folder = Path(name).expanduser()
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
+    if not folder.exists() and name.startswith(("/", ".", "~")):
+        raise BadInput(f"--model {name} does not exist.")
     place = str(folder) if folder.exists() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
@@ -100,6 +102,7 @@ def _report(args: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, An
     eos = tokenizer.eos_token_id
     prepared = data.facts["train"]
     shown = [data.train[i] for i in range(min(args.rows, len(data.train)))]
+    example = max(range(len(shown)), key=lambda i: sum(label != -100 for label in shown[i]["labels"]))
     return {
         "schema_version": 1,
         "source": data.facts["name"],
@@ -120,7 +123,7 @@ def _report(args: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, An
         },
         "notes": data.facts["notes"],
         "rows": [{"tokens": len(row["input_ids"]), "segments": _segments(row, tokenizer)} for row in shown],
-        "masked_example": {"row": 0, "t": TIME, "text": _masked(shown[0], tokenizer, args.seed)},
+        "masked_example": {"row": example, "t": TIME, "text": _masked(shown[example], tokenizer, args.seed)},
     }
 
 
@@ -157,7 +160,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
         console.step(f"Row {number}, {row['tokens']} tokens")
         text = "".join(_marked(segment, console, plain) for segment in row["segments"])
         console.line(_indented(text))
-    console.step(f"Row 0 at t = {TIME}, each {HIDDEN} a hidden token")
+    console.step(f"Row {report['masked_example']['row']} at t = {TIME}, each {HIDDEN} a hidden token")
     console.line(_indented(report["masked_example"]["text"]))
     counts = report["counts"]
     console.step(f"{report['source']}: {report['form']}, rows of at most {report['max_length']} tokens")
