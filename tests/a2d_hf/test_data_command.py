@@ -37,6 +37,7 @@ def write(tmp_path):
 
 
 def preview(capsys, *words):
+    capsys.readouterr()
     code = cli.main(["data", "preview", *words])
     return code, *capsys.readouterr()
 
