@@ -6,7 +6,7 @@ Owns the start of the scripts in recipes/. Everything that they do is theirs.
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -59,6 +59,11 @@ def run_recipe(main: Callable[..., None], parser: Any) -> int:
 
 def _parsed(parser: Any) -> tuple[Any, ...]:
     """What the parser returns; whatever it cannot take is the user's, wherever it was noticed."""
+
+    def refuse(message: str) -> NoReturn:
+        raise BadInput(f"The arguments cannot be used: {message}.")
+
+    parser.error = refuse  # instead of a screenful of usage
     try:
         return parser.parse_args_and_config()
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:

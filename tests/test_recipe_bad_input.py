@@ -41,20 +41,15 @@ CASES = {
     "half a pair": ([{"prompt": "a", "answer": "b"}], "", "mdlm_sft", "", "has no text (it has prompt, answer)"),
     "empty after filtering": ([PAIR | {"lang": "c"}], "", "mdlm_sft", "[lang:python]", "no row with lang = python"),
     "no such column": ([PAIR], "", "mdlm_sft", "[lang:python]", "has no column lang (it has prompt, completion)"),
-    "target longer": (
-        [{"prompt": "the dog " * 40, "completion": "x"}],
-        "",
-        "mdlm_sft",
-        "",
-        "1 dropped because nothing",
-    ),
+    "target longer": ([PAIR | {"prompt": "the dog " * 40}], "", "mdlm_sft", "", "1 dropped because nothing"),
     "no template": ([CHAT], "", "mdlm_sft", "", "the tokenizer has no chat template"),
     "no value": ([PAIR, {"prompt": "a", "completion": None}], "", "mdlm_sft", "", "no text in column 'completion'"),
-    "block size": ([PAIR], "--block_size 0", "bd3lm_sft", "", "`block_size`"),
+    "no block": ([PAIR], "--block_size 0", "bd3lm_sft", "", "`block_size` must be positive, not 0"),
+    "block size": ([PAIR], "--block_size 5", "bd3lm_sft", "", "`block_size` 5"),
     "no anchors": ([PAIR], "--anchor_cache nowhere", "repalign_sft", "", "nowhere holds no anchors.json"),
     "no checkpoint": ([PAIR], "--resume_from_checkpoint true", "mdlm_sft", "", "holds no complete checkpoint"),
     "no model": ([PAIR], "--model_name_or_path ./no-model", "mdlm_sft", "", "no-model"),
-    "unknown argument": ([PAIR], "--learning_rat 1", "mdlm_sft", "", "learning_rat"),
+    "unknown argument": ([PAIR], "--learning_rato 1", "mdlm_sft", "", "--learning_rato"),
     "no configuration": ([PAIR], "--config nowhere.yaml", "mdlm_sft", "", "nowhere.yaml"),
     "bad value": ([PAIR], "--loss_weighting heavy", "mdlm_sft", "", "heavy"),
 }
@@ -81,8 +76,8 @@ def test_anchors_of_another_model_are_refused(start, make_checkpoint, tmp_path: 
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(PAIR) + "\n")
     script = load("../scripts/precompute_anchors")
-    words = f"""--model_name_or_path {other} --dataset_name {data} --anchor_cache {folder} --output_dir {tmp_path / "o"}
-        --report_to none --use_cpu true --max_length 32"""
+    words = f"""--model_name_or_path {other} --dataset_name {data} --anchor_cache {folder}
+        --output_dir {tmp_path / "o"} --report_to none --use_cpu true --max_length 32"""
     script.main(*script.make_parser().parse_args_and_config(words.split()))
     code, told = start([PAIR] * 8, f"--anchor_cache {folder}", "repalign_sft")
     assert code == 2 and len(told) == 1 and "was written with another model" in told[0]
@@ -106,6 +101,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(start
 
 def test_out_of_memory_names_the_settings(start, monkeypatch):
     def full(self, *args, **kwargs):
+        self.model.train()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(CheckpointedTrainer, "training_step", full)
@@ -118,5 +114,5 @@ def test_a_checkpoint_of_another_run_is_refused(start, tmp_path: Path):
     assert start([PAIR] * 8) == (0, [])
     code, told = start([PAIR] * 8, "--resume_from_checkpoint true --seed 7 --max_steps 6")
     assert code == 2 and len(told) == 1 and "belongs to another run: seed 7 (was 42)" in told[0]
-    code, told = start([PAIR] * 8 + [CASES["no value"][0][0] | {"prompt": "other"}], "--resume_from_checkpoint true")
+    code, told = start([PAIR] * 8 + [PAIR | {"prompt": "other"}], "--resume_from_checkpoint true")
     assert code == 2 and len(told) == 1 and "belongs to another run" in told[0]

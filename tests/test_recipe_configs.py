@@ -123,3 +123,31 @@ def test_the_27b_configuration_trains_what_a2d_convert_made(hub):
 
 def test_every_data_set_of_the_configurations_has_a_stand_in():
     assert {name for stem in CONFIGS for name in data_names(stem)} == set(DATASETS)
+
+
+def test_a_hybrid_text_model_converts_in_memory_where_that_is_allowed(hub, tmp_path: Path):
+    hub("Qwen/Qwen3.5-27B-text", "trl-lib/Capybara")
+    recipe = load("mdlm_sft")
+    words = [
+        "--model_name_or_path",
+        "Qwen/Qwen3.5-27B-text",
+        "--dataset_name",
+        "trl-lib/Capybara",
+        "--use_peft",
+        "true",
+    ]
+    words += [*SMALLER, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="pass `allow_hybrid=True`"):
+        recipe.main(*recipe.make_parser().parse_args_and_config(words))
+    words += ["--model_init_kwargs", '{"allow_hybrid": true, "token_shift": true}']
+    recipe.main(*recipe.make_parser().parse_args_and_config(words))
+    adapters = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)
+
+
+def test_a_multimodal_checkpoint_names_the_command_that_converts_it(tmp_path: Path):
+    config = AutoConfig.for_model("qwen3_5")
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a2d convert"):
+        A2DForMaskedDiffusion.from_pretrained(tmp_path, allow_hybrid=True, mask_token_id=5)
