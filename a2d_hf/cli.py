@@ -17,6 +17,7 @@ from . import __version__
 from .commands import (
     chat_command,
     convert_command,
+    data_command,
     detect_command,
     eval_command,
     quickstart_command,
@@ -31,6 +32,7 @@ from .errors import A2DError
 COMMANDS = (
     detect_command,
     convert_command,
+    data_command,
     sample_command,
     chat_command,
     eval_command,

@@ -23,7 +23,8 @@ from typing import Any
 
 from .console import Console, size
 from .conversion_settings import ConversionSettings
-from .data import Rows, read_rows
+from .data import Rows
+from .data_reading import read_data
 from .errors import A2DError, BadInput, GateFailed, Refused, SaveFailed
 from .run_directory import RunDirectory
 from .source import Source, inspect_source, locate, read_config
@@ -160,7 +161,7 @@ def _convert(run: RunDirectory, settings: ConversionSettings, console: Console) 
     source = inspect_source(settings.source)
     rows = None
     if settings.data is not None:
-        rows = read_rows(settings.data)
+        rows = read_data(settings.data, seed=settings.seed)
         _same_data(run, rows.sha256)
     started = time.monotonic()
     provenance = _fingerprint(run, source, console)
@@ -326,7 +327,7 @@ def _train(run: RunDirectory, settings: ConversionSettings, console: Console) ->
     manifest = json.loads((run.model_path / "a2d_manifest.json").read_text(encoding="utf-8"))
     if manifest["training"] is None:
         console.step(f"Training on {settings.data}")
-        rows = read_rows(settings.data)
+        rows = read_data(settings.data, seed=settings.seed)
         _same_data(run, rows.sha256)
         with _own_progress_only():
             _train_on(rows, run, settings, console)

@@ -27,7 +27,10 @@ ALIASES = {
     ("prompt", "response"): ("prompt", "completion"),
     ("question", "answer"): ("prompt", "completion"),
     ("instruction", "output"): ("prompt", "completion"),
+    ("input", "output"): ("prompt", "completion"),
 }
+# What means something beside the columns of a form.
+KEPT = {"tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks"}
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 HINT = 'a row needs "text", or "prompt" and "completion", or "messages"'
 
@@ -42,7 +45,7 @@ class Rows:
         sha256 (`str`): hash over the bytes of the file, or over the rows of a Hub set.
         columns (`tuple[str, ...]`): the form of the rows, one of `FORMS`.
         running_text (`bool`): one long text, to be cut into rows, rather than rows.
-        rows (`list[dict]`): the rows; one row with the whole text for running text.
+        rows (`list[dict]`): the rows; for running text one row with the whole text of each file.
         notes (`list[str]`): what the user should be told.
     """
 
@@ -54,7 +57,9 @@ class Rows:
     notes: list[str] = field(default_factory=list)
 
 
-def read_rows(source: str | Path, argument: str = "--data") -> Rows:
+def read_rows(
+    source: str | Path, argument: str = "--data", where: dict[str, str] | None = None, config: str | None = None
+) -> Rows:
     """
     Reads data: a `.txt`, `.jsonl`, `.json` or `.parquet` file (the first three also `.gz`), or a Hub data set as
     `name` or `name:split`.
@@ -62,6 +67,8 @@ def read_rows(source: str | Path, argument: str = "--data") -> Rows:
     Args:
         source (`str` or `Path`): the file or the name.
         argument (`str`, *optional*, defaults to `"--data"`): what the user calls it.
+        where (`dict[str, str]`, *optional*): columns and the value that a row must have there to be kept.
+        config (`str`, *optional*): configuration of a Hub data set.
 
     Returns:
         [`Rows`]
@@ -75,7 +82,7 @@ def read_rows(source: str | Path, argument: str = "--data") -> Rows:
     if not path.exists():
         if path.suffix in (*SUFFIXES, ".gz") or str(source).startswith((".", "/", "~")):
             raise BadInput(f"{argument} {source} does not exist.")
-        return _read_hub(str(source), argument)
+        return _read_hub(str(source), argument, where, config)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix not in SUFFIXES:
         raise BadInput(f"{argument} {source} has an unknown ending: use {', '.join(SUFFIXES)}.")
@@ -98,7 +105,7 @@ def read_rows(source: str | Path, argument: str = "--data") -> Rows:
         if suffix == ".txt":
             return Rows(str(source), digest, ("text",), True, [{"text": text}])
         rows = list(_json_rows(text, suffix, argument, source))
-    return _checked(rows, str(source), digest, argument)
+    return _checked(rows, str(source), digest, argument, where)
 
 
 def _json_rows(text: str, suffix: str, argument: str, source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -134,13 +141,13 @@ def _parquet_rows(content: bytes, argument: str, source: str | Path) -> Iterator
         yield f"row {number}", row
 
 
-def _read_hub(name: str, argument: str) -> Rows:
+def _read_hub(name: str, argument: str, where: dict[str, str] | None, config: str | None) -> Rows:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     identifier, _, split = name.partition(":")
     try:
-        dataset = load_dataset(identifier, split=split or "train")
+        dataset = load_dataset(identifier, config, split=split or "train")
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{argument} {name} is neither a file nor a data set that can be loaded: {reason}") from error
@@ -149,10 +156,12 @@ def _read_hub(name: str, argument: str) -> Rows:
     for number, row in enumerate(dataset, start=1):
         rows.append((f"row {number}", row))
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return _checked(rows, name, digest.hexdigest(), argument)
+    return _checked(rows, name, digest.hexdigest(), argument, where)
 
 
-def _checked(rows: list[tuple[str, Any]], name: str, digest: str, argument: str) -> Rows:
+def _checked(
+    rows: list[tuple[str, Any]], name: str, digest: str, argument: str, where: dict[str, str] | None = None
+) -> Rows:
     """The rows in one of the forms that the trainers read; the first row decides which."""
     if not rows:
         raise BadInput(f"{argument} {name} is empty.")
@@ -163,22 +172,36 @@ def _checked(rows: list[tuple[str, Any]], name: str, digest: str, argument: str)
     if columns is None:
         found = ", ".join(sorted(map(str, first))) or "nothing"
         raise BadInput(f"{argument} {name}, {rows[0][0]} has no text (it has {found}): {HINT}.")
+    if where:
+        rows = _filtered(rows, name, argument, where)
     checked = []
-    for where, row in rows:
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise BadInput(f"{argument} {name}, {where} is not an object: {HINT}.")
+            raise BadInput(f"{argument} {name}, {place} is not an object: {HINT}.")
         for column in columns:
             if not _has_content(row.get(column)):
                 raise BadInput(
-                    f'{argument} {name}, {where} has no text in "{column}": fill it in, or leave the row out.'
+                    f'{argument} {name}, {place} has no text in "{column}": fill it in, or leave the row out.'
                 )
         checked.append(row)
     result = Rows(name, digest, columns, False, checked)
     if columns in ALIASES:
         _rename(result)
-    keep = {*result.columns, "tools", "chat_template_kwargs", "labels"}
+    keep = {*result.columns, *KEPT}
     result.rows = [{key: value for key, value in row.items() if key in keep} for row in result.rows]
     return result
+
+
+def _filtered(rows: list[tuple[str, Any]], name: str, argument: str, where: dict[str, str]) -> list[tuple[str, Any]]:
+    for column, value in where.items():
+        if column not in rows[0][1]:
+            found = ", ".join(sorted(map(str, rows[0][1])))
+            raise BadInput(f"{argument} {name} has no column {column} (it has {found}).")
+        rows = [(place, row) for place, row in rows if isinstance(row, dict) and str(row.get(column)) == value]
+    if not rows:
+        wanted = " and ".join(f"{column} = {value}" for column, value in where.items())
+        raise BadInput(f"{argument} {name} has no row with {wanted}: nothing is left.")
+    return rows
 
 
 def _has_content(value: Any) -> bool:
@@ -190,6 +213,9 @@ def _rename(result: Rows) -> None:
     with_input = prompt == "instruction" and any(row.get("input") for row in result.rows)
     renamed = []
     for row in result.rows:
+        if isinstance(row[prompt], list) and isinstance(row[completion], str):  # turns, and the text of the last one
+            renamed.append({"prompt": row[prompt], "completion": [{"role": "assistant", "content": row[completion]}]})
+            continue
         # The instruction form keeps its material apart; below the instruction is where its users put it.
         extra = f"\n\n{row['input']}" if with_input and row.get("input") else ""
         renamed.append({"prompt": row[prompt] + extra, "completion": row[completion]})
@@ -257,7 +283,7 @@ def as_dataset(rows: Rows, tokenizer: "PreTrainedTokenizerBase", max_length: int
 
     if rows.running_text:
         with explained_tokenizing(f"--data {rows.name} cannot be tokenized"):
-            texts = cut_text(rows.rows[0]["text"], tokenizer, max_length)
+            texts = [piece for row in rows.rows for piece in cut_text(row["text"], tokenizer, max_length)]
         return Dataset.from_list([{"text": text} for text in texts if text.strip()])
     return Dataset.from_list(rows.rows)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import ALIASES, FORMS, HINT, SUFFIXES
+from .data import ALIASES, FORMS, HINT, KEPT, SUFFIXES
 from .errors import BadInput
 
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Keys of the compact form that say how to read; any other names a column that must hold the value.
 OPTIONS = ("name", "split", "weight", "train", "test")
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-KEPT = {"tools", "chat_template_kwargs", "labels"}  # columns that mean something beside those of a form
 
 
 @dataclass
@@ -125,7 +124,7 @@ def _positive(value: Any, what: str) -> float:
 
 
 def load_training_data(
-    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", seed: int = 0
+    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", seed: int = 0, text_field: str = "text"
 ) -> TrainingData:
     """
     The data that a recipe's arguments name: `dataset_name`, which may be a mixture in the compact form, or `datasets`
@@ -135,6 +134,8 @@ def load_training_data(
         script_args (`trl.ScriptArguments`): `dataset_name`, `dataset_config`, splits and streaming.
         dataset_args (`trl.DatasetMixtureConfig`): `datasets`, `test_split_size`, `streaming`.
         seed (`int`, *optional*, defaults to 0): decides the order of a weighted mixture, and what is set aside.
+        text_field (`str`, *optional*, defaults to `"text"`): column of plain text, `dataset_text_field` of the
+            training's configuration.
 
     Returns:
         [`TrainingData`]
@@ -161,7 +162,7 @@ def load_training_data(
         for part in parts:
             part.name = part.name or (script_args.dataset_config if len(parts) == 1 else None)
             part.split = script_args.dataset_train_split if part.split == "train" else part.split
-    loaded = [_load(part, script_args.dataset_test_split, streaming, seed) for part in parts]
+    loaded = [_load(part, script_args.dataset_test_split, streaming, seed, text_field) for part in parts]
     train = _mixed([one.train for one in loaded], [part.weight for part in parts], streaming, seed)
     tests = [one.test for one in loaded if one.test is not None]
     test = _mixed(tests, [None] * len(tests), streaming, seed) if tests else None
@@ -171,7 +172,7 @@ def load_training_data(
     return TrainingData(train, test)
 
 
-def _load(part: Part, test_split: str, streaming: bool, seed: int) -> TrainingData:
+def _load(part: Part, test_split: str, streaming: bool, seed: int, text_field: str) -> TrainingData:
     """One data set in a form of TRL's, filtered and cut to size."""
     path = Path(part.path).expanduser()
     keywords: dict[str, Any] = {"path": part.path, "name": part.name}
@@ -185,7 +186,10 @@ def _load(part: Part, test_split: str, streaming: bool, seed: int) -> TrainingDa
     if part.split not in splits:
         raise BadInput(f"{part.path} has no split {part.split}: it has {', '.join(map(str, splits))}.")
     train, test = splits[part.split], splits.get(test_split) if test_split != part.split else None
-    train, test = _in_form(part, train), None if test is None else _in_form(part, test)
+    train, test = _in_form(part, train, text_field), None if test is None else _in_form(part, test, text_field)
+    if next(iter(train), None) is None:
+        kept = "".join(f" with {column} = {value}" for column, value in part.where.items())
+        raise BadInput(f"{part.path} has no row{kept} in its split {part.split}: nothing is left to train on.")
     if part.test is not None:
         if streaming:
             train, test = train.skip(part.test), train.take(part.test)
@@ -212,7 +216,7 @@ def _load_splits(part: Part, keywords: dict[str, Any], streaming: bool) -> dict[
         raise BadInput(f"{part.path} cannot be loaded: {reason}{hint}") from error
 
 
-def _in_form(part: Part, dataset: Any) -> Any:
+def _in_form(part: Part, dataset: Any, text_field: str) -> Any:
     """Filtered, and with the columns of one of TRL's forms."""
     columns = list(dataset.column_names or next(iter(dataset), {}))
     for column, value in part.where.items():
@@ -223,10 +227,10 @@ def _in_form(part: Part, dataset: Any) -> Any:
         dataset = dataset.select_columns(part.columns)
         columns = part.columns
     # What pairs an instruction with its answer says more than a text made of both.
-    forms = (*FORMS[:3], *ALIASES, *FORMS[3:])
+    forms = [(text_field,) if form == ("text",) else form for form in (*FORMS[:3], *ALIASES, *FORMS[3:])]
     form = next((form for form in forms if all(column in columns for column in form)), None)
     if form is None:
-        raise BadInput(f"{part.path} has no text (it has {', '.join(columns)}): {HINT}.")
+        raise BadInput(f"{part.path} has no text (it has {', '.join(columns)}): {HINT}, or --dataset_text_field.")
     if form in ALIASES:
         renamed = {"prompt": form[0], "completion": form[1], "extra": "input" if form[0] == "instruction" else None}
         return dataset.map(_paired, fn_kwargs=renamed, remove_columns=[c for c in columns if c not in KEPT])
@@ -239,6 +243,8 @@ def _has_value(row: dict[str, Any], column: str, value: str) -> bool:
 
 def _paired(row: dict[str, Any], prompt: str, completion: str, extra: str | None) -> dict[str, Any]:
     material = f"\n\n{row[extra]}" if extra and row.get(extra) else ""
+    if isinstance(row[prompt], list) and isinstance(row[completion], str):  # turns, and the text of the last one
+        return {"prompt": row[prompt], "completion": [{"role": "assistant", "content": row[completion]}]}
     return {"prompt": row[prompt] + material, "completion": row[completion]}
 
 

@@ -6,7 +6,9 @@ Owns the start of the scripts in recipes/. Everything that they do is theirs.
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import yaml
 
 from .console import Console
 from .errors import A2DError, BadInput
@@ -30,19 +32,46 @@ def run_recipe(main: Callable[..., None], parser: Any) -> int:
     """
     console = Console()
     try:
-        main(*parser.parse_args_and_config())
+        main(*_parsed(parser))
     except A2DError as error:
         console.error(str(error))
         return error.exit_code
+    except OSError as error:
+        # A model or a file that is not there, a full disk: the libraries' first line says which.
+        console.error(_first_line(error))
+        return BadInput.exit_code
     except (ValueError, TypeError) as error:
         if not _raised_here(error):
             raise
         console.error(str(error))
         return BadInput.exit_code
+    except (FloatingPointError, RuntimeError) as error:
+        # No numbers any more, or out of memory (a RuntimeError of torch's): the trainers say what to change.
+        if not _raised_here(error):
+            raise
+        console.error(str(error))
+        return A2DError.exit_code
     except KeyboardInterrupt:
         console.error("interrupted; with --resume_from_checkpoint true it goes on from the last checkpoint.")
         return 130
     return 0
+
+
+def _parsed(parser: Any) -> tuple[Any, ...]:
+    """What the parser returns; whatever it cannot take is the user's, wherever it was noticed."""
+
+    def refuse(message: str) -> NoReturn:
+        raise BadInput(f"The arguments cannot be used: {message}.")
+
+    parser.error = refuse  # instead of a screenful of usage
+    try:
+        return parser.parse_args_and_config()
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise BadInput(f"The arguments cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -42,7 +42,7 @@ def main(
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    data = load_training_data(script_args, dataset_args, training_args.seed)
+    data = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field)
     trainer = RepAlignTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -5,7 +5,7 @@
 #         --config recipes/configs/tiny_a2d_qwen3_0.6b_mdlm_sft.yaml
 #
 # ACCELERATE_CONFIG names another file of recipes/accelerate_configs than multi_gpu.yaml. A job that is requeued goes on
-# from its last checkpoint when --resume_from_checkpoint true is among the arguments.
+# from its last checkpoint by itself.
 #SBATCH --job-name=a2d
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
@@ -17,6 +17,9 @@ set -euo pipefail
 if [ $# -lt 1 ]; then
     echo "slurm.sh: name a recipe, for example recipes/mdlm_sft.py, and its arguments." >&2
     exit 2
+fi
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+    set -- "$@" --resume_from_checkpoint true
 fi
 config=${ACCELERATE_CONFIG:-recipes/accelerate_configs/multi_gpu.yaml}
 gpus=${SLURM_GPUS_ON_NODE:?slurm.sh: start it with sbatch, and ask for GPUs with --gpus-per-node.}

@@ -8,14 +8,15 @@ takes the same arguments and files as recipes/repalign_sft.py, so that it prepar
 layer, hidden size times the bytes of `--anchor_dtype` on disk.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset, load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+from datasets import Dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from a2d_hf import RepAlignConfig, RepAlignTrainer
+from a2d_hf.data_mixture import load_training_data
+from a2d_hf.recipe_main import run_recipe
 from a2d_hf.trainers import precompute_anchors
 
 
@@ -46,14 +47,17 @@ def main(
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
-    else:
-        dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    dataset = dataset[script_args.dataset_train_split]
+    dataset = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field).train
     if not isinstance(dataset, Dataset):
         raise ValueError("A stream has no end to precompute anchors of: set `dataset_streaming` to false.")
-    trainer = RepAlignTrainer(model=model_args.model_name_or_path, args=training_args, train_dataset=dataset)
+    # Quantized as in the training, so that the anchors are those of the very weights under the adapter.
+    trainer = RepAlignTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
     written, there = precompute_anchors(
         trainer.model,
         trainer.train_dataset,
@@ -71,8 +75,4 @@ def make_parser() -> TrlParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except ValueError as error:
-        print(f"precompute_anchors: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(run_recipe(main, make_parser()))

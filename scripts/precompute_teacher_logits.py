@@ -9,14 +9,15 @@ stopped at any moment and goes on where it was. Costs, per token, `--top_k` time
 `--logits_dtype` on disk.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset, load_dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+from datasets import Dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from a2d_hf import MDLMConfig, MDLMTrainer
+from a2d_hf.data_mixture import load_training_data
+from a2d_hf.recipe_main import run_recipe
 from a2d_hf.trainers import precompute_teacher_logits
 
 
@@ -55,11 +56,7 @@ def main(
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
-    else:
-        dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    dataset = dataset[script_args.dataset_train_split]
+    dataset = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field).train
     if not isinstance(dataset, Dataset):
         raise ValueError("A stream has no end to run a teacher over: set `dataset_streaming` to false.")
     trainer = MDLMTrainer(model=model_args.model_name_or_path, args=training_args, train_dataset=dataset)
@@ -80,8 +77,4 @@ def make_parser() -> TrlParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except ValueError as error:
-        print(f"precompute_teacher_logits: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(run_recipe(main, make_parser()))

@@ -203,6 +203,10 @@ class A2DTrainingConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        # A command line knows only strings, and transformers declares this one as a folder's name.
+        self.resume_from_checkpoint = {"true": True, "True": True, "false": None, "False": None}.get(
+            self.resume_from_checkpoint, self.resume_from_checkpoint
+        )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.greater_is_better is None and self.metric_for_best_model is not None:

@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .model_resolution import base_model
 from .row_cache import RowCache, weights_sha256
-from .teachers import FrozenCopy
+from .teachers import AdaptersOff, FrozenCopy
 
 
 class AnchorCache(RowCache):
@@ -52,7 +55,7 @@ class AnchorCache(RowCache):
 
 
 def precompute_anchors(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     rows: Sequence[dict[str, Any]],
     folder: str | os.PathLike,
     layers: Sequence[int],
@@ -64,7 +67,7 @@ def precompute_anchors(
     Writes the anchors of every row that has none yet.
 
     Args:
-        model ([`A2DForMaskedDiffusion`]): the teacher.
+        model ([`A2DForMaskedDiffusion`] or `PeftModel`): the teacher; an adapter is switched off.
         rows (`Sequence[dict]`): prepared rows, as the trainer will read them.
         folder (`str` or `os.PathLike`): where to; made where it does not exist.
         layers (`Sequence[int]`): which hidden states; 0 is the embedding's output.
@@ -79,13 +82,13 @@ def precompute_anchors(
     cache = AnchorCache.create(
         folder,
         {
-            "model_sha256": weights_sha256(model),
+            "model_sha256": weights_sha256(base_model(model)),
             "revision": revision,
             "dtype": str(dtype).removeprefix("torch."),
             "layers": layers,
         },
     )
-    teacher = FrozenCopy(model.eval())
+    teacher = AdaptersOff(model) if is_peft_model(model) else FrozenCopy(model.eval())
 
     def anchors(inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         hidden = teacher.hidden_states(inputs)

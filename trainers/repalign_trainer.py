@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 
 from .anchor_cache import AnchorCache
 from .auxiliary_losses import clean_text
@@ -61,11 +60,6 @@ class RepAlignTrainer(MDLMTrainer):
         self.align_teacher = None
         self._global_positions: torch.Tensor | None = None
         if self.args.align_weight > 0 and self.args.anchor_cache is not None:
-            if is_peft_model(self.model):
-                raise ValueError(
-                    '`anchor_cache` serves a model without an adapter; with one, `teacher="adapters_off"` needs no '
-                    "memory."
-                )
             self.anchors = AnchorCache.open(self.args.anchor_cache, base_model(self.model), self.align_layers)
         elif self.args.align_weight > 0:
             self.align_teacher = self.auxiliary.teacher or make_teacher(self.model, self.args.teacher)

@@ -8,6 +8,7 @@ on later. What is kept, anchor_cache.py and teacher_cache.py decide.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,13 +21,30 @@ from transformers import PreTrainedModel
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """The sha256 over every weight of a model: its name, dtype, shape and bytes."""
+    """The sha256 over every weight of a model: its name, dtype, shape and bytes. An adapter in it does not count."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_without_adapter(model.state_dict()).items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# Where PEFT puts the layer that it wraps; what else lies beside it is the adapter's.
+_WRAPPED = re.compile(r"(.*?)\.(base_layer|original_module)\.(.*)")
+
+
+def _without_adapter(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that a model had before an adapter was put into it, under the names they had."""
+    matches = {name: _WRAPPED.fullmatch(name) for name in state}
+    wrappers = tuple({f"{match.group(1)}." for match in matches.values() if match})
+    own = {}
+    for name, match in matches.items():
+        if match:
+            own[f"{match.group(1).removesuffix('.token_adapter')}.{match.group(3)}"] = state[name]
+        elif not name.startswith(wrappers):
+            own[name] = state[name]
+    return own
 
 
 class RowCache:

@@ -94,7 +94,7 @@ def _rows(
 ) -> tuple[list, dict[str, Any]]:
     """Rows to measure on, and what the report says of them."""
     from ..conversion_settings import ConversionSettings
-    from ..data import read_rows
+    from ..data_reading import read_data
     from ..training_run import prepare_data, read_held_out
 
     if args.data is None:
@@ -105,7 +105,7 @@ def _rows(
     settings = ConversionSettings(
         source="", held_out=0.0, max_length=args.max_length, token_shift=model.config.token_shift
     )
-    data = prepare_data(read_rows(args.data), tokenizer, settings, model.config.max_position_embeddings)
+    data = prepare_data(read_data(args.data), tokenizer, settings, model.config.max_position_embeddings)
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in data.train]
     return rows, {"name": data.facts["name"], "sha256": data.facts["sha256"], "notes": data.facts["notes"]}
 

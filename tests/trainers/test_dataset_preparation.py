@@ -1,5 +1,10 @@
 """Rows of every format: equal to SFTTrainer's where they should be, and counted where something is left out."""
 
+import json
+import os
+import subprocess
+import sys
+
 import datasets
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -7,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from a2d_hf.trainers.dataset_preparation import prepare_dataset
 from a2d_hf.trainers.row_tokenization import RowRules, common_prefix_length
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
 
 
 BOS, EOS = 1, 2
@@ -313,6 +318,54 @@ def test_a_second_preparation_comes_from_the_cache(tmp_path):
         prepare_dataset(dataset, tiny_tokenizer(), RowRules())
         fingerprints.append(sorted(p.name for p in (tmp_path / "cache").rglob("cache-*.arrow")))
     assert fingerprints[0] and fingerprints[0] == fingerprints[1]
+
+
+SECOND_TIME = """
+import sys
+from trl import DatasetMixtureConfig, ScriptArguments
+from a2d_hf.data_mixture import load_training_data
+from a2d_hf.trainers.dataset_preparation import prepare_dataset
+from a2d_hf.trainers.row_tokenization import RowRules
+from tests.trainers.test_dataset_preparation import chat_tokenizer
+data = load_training_data(ScriptArguments(dataset_name=sys.argv[1]), DatasetMixtureConfig())
+rows, _ = prepare_dataset(data.train, chat_tokenizer(), RowRules(max_length=64), num_proc=int(sys.argv[2]))
+print(len(rows))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_another_process_finds_everything_in_the_cache(processes, tmp_path):
+    """A mixture with a filter, pairs that become conversations, and the tokenizing: nothing is computed twice."""
+    chats = [{"lang": "en"} | CHATS[i % 2] for i in range(4)] + [{"lang": "de"} | CHATS[0]]
+    for name, rows in (("chats", chats), ("pairs", COMPLETIONS * 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = f"{tmp_path}/chats.jsonl[lang:en] + {tmp_path}/pairs.jsonl"
+    written = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", SECOND_TIME, mixture, str(processes)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and done.stdout.strip() == "8", done.stderr[-2000:]
+        # What is read again leaves its file as it was; what is computed again would write it, or another.
+        written.append({p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("cache-*.arrow")})
+    assert len(written[0]) >= 4 and written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHATS[1]["messages"], "tools": '[{"name": "add"}]', "chat_template_kwargs": {"mood": "quick"}},
+        CHAT_COMPLETIONS[1] | {"tools": '[{"name": "add"}]', "chat_template_kwargs": {"mood": "quick"}},
+    ],
+    ids=["messages", "completion"],
+)
+def test_tools_and_template_arguments_mean_what_they_mean_to_sft_trainer(row, tmp_path):
+    template = (
+        "{{ tools[0].name }} {{ mood }} {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ours, _ = prepare([row], chat_tokenizer(template), assistant_only_loss=False)
+    assert pairs(ours) == sft_rows([row], chat_tokenizer(template), tmp_path)
 
 
 def test_common_prefix_length():
