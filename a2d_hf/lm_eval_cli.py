@@ -22,6 +22,12 @@ TARGET = "a2d_hf.lm_eval_model:A2DLM"
 # What decides an answer besides the request itself, by the names of the harness.
 ANSWERING = ("model", "model_args", "config", "apply_chat_template", "system_instruction")
 NAMED_AT_MOST = 3
+# What a task file cannot be without, unless it includes another, and the fields that give it.
+NEEDED = {
+    "dataset_path": {"dataset_path", "custom_dataset"},
+    "test_split": {"test_split", "validation_split"},
+    "doc_to_text": {"doc_to_text"},
+}
 
 
 def register() -> None:
@@ -62,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except A2DError as error:
         console.error(str(error))
         return error.exit_code
+    except SystemExit as stop:  # the harness' own end, or what a task file says of its data
+        if isinstance(stop.code, str):
+            console.error(stop.code)
+            return BadInput.exit_code
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         console.error("interrupted; with --use_cache PATH a second run goes on from the answers that are there.")
         return 130
@@ -93,11 +104,37 @@ def check_tasks(known: argparse.Namespace) -> None:
 
     manager = TaskManager(include_path=known.include_path)
     for name in asked:
-        if name.endswith((".yaml", ".yml")) or manager.match_tasks([name]):
+        if name.endswith((".yaml", ".yml")):
+            if "*" not in name:
+                check_task_file(Path(name))
+            continue
+        if manager.match_tasks([name]):
             continue
         near = difflib.get_close_matches(name, manager.all_tasks, n=NAMED_AT_MOST, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "`a2d-lm-eval ls tasks` lists them"
         raise BadInput(f"--tasks {name} is not a task: {hint}.")
+
+
+def check_task_file(path: Path) -> None:
+    """Raises [`BadInput`] for a task file that is absent, empty, or says nothing of a task."""
+    import yaml
+
+    if not path.is_file():
+        raise BadInput(f"--tasks {path} does not exist.")
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_multi_constructor("!", lambda *parts: None)  # `!function` names code, which is not looked up here
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"--tasks {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not content:
+        raise BadInput(f"--tasks {path} is empty: it should describe a task.")
+    if not isinstance(content, dict) or not {"task", "group"} & set(content):
+        raise BadInput(f"--tasks {path} names no task: it needs the field `task`.")
+    if isinstance(content.get("task"), str) and "include" not in content:
+        for name, ways in NEEDED.items():
+            if not ways & set(content):
+                raise BadInput(f"--tasks {path} has no field `{name}`: the task needs it.")
 
 
 def with_own_cache(argv: Sequence[str], known: argparse.Namespace) -> list[str]:
