@@ -5,7 +5,6 @@ problem is appended as soon as it is done. Scores are those of `evaluate` with t
 """
 
 import gzip
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -62,12 +61,6 @@ class Problem:
     def program(self, completion: str) -> str:
         """The whole program, without its tests."""
         return self.before + completion + self.after
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_problems(task: str, path: Path) -> list[Problem]:

@@ -7,6 +7,7 @@ Likelihoods are likelihood.py's, decoding is the model's own `diffusion_generate
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,9 @@ class A2DLM(HFLM):
         kwargs["backend"] = "causal"
         # HFLM asks for CUDA unless told otherwise; a machine without one gets its CPU.
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Under torchrun, accelerate would take each process for the only one: on CPUs it has to be told.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         super().__init__(pretrained, **kwargs)
         accelerator = vars(self).get("accelerator")
         if accelerator is not None:  # HFLM shares requests between GPUs only; processes on CPUs can share them too

@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     if args.allow_code_execution and importlib.util.find_spec("evaluate") is None:
         raise BadInput('--allow-code-execution needs the library evaluate: run `pip install "a2d_hf[lm_eval]"`.')
     from ..code_execution import Limits
-    from ..code_tasks import Generations, read_problems, score, sha256_of, write_program
+    from ..code_tasks import Generations, read_problems, score, write_program
     from ..converted_model import find_converted, resolve_device
+    from ..source import file_sha256
 
     problems = read_problems(args.task, args.data)[: args.limit]
     found = find_converted(args.path)
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     weights = sorted(found.path.glob("*.safetensors"))
     settings = {
         "task": args.task,
-        "data": sha256_of(args.data),
-        "model": [sha256_of(file) for file in weights],
+        "data": file_sha256(args.data),
+        "model": [file_sha256(file) for file in weights],
         "samples": args.samples,
         "seed": args.seed,
         "decoding": options,

@@ -17,9 +17,12 @@ from tests.conftest import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 def humaneval(number: int, **fields) -> dict:
     return {
-        "task_id": f"HumanEval/{number}", "prompt": f"def add{number}(x):\n", "entry_point": f"add{number}",
-        "canonical_solution": f"    return x + {number}\n", "test": f"def check(f):\n    assert f(1) == {1 + number}\n",
-    } | fields  # fmt: skip
+        "task_id": f"HumanEval/{number}",
+        "prompt": f"def add{number}(x):\n",
+        "entry_point": f"add{number}",
+        "canonical_solution": f"    return x + {number}\n",
+        "test": f"def check(f):\n    assert f(1) == {1 + number}\n",
+    } | fields
 
 
 def write_rows(path, rows):
@@ -52,8 +55,10 @@ def test_right_solutions_pass_and_wrong_ones_do_not(tmp_path):
 
 
 def test_mbpp_shows_three_examples_and_asks_the_test_problems(tmp_path):
-    rows = [{"task_id": i, "text": f"Write {i}.", "code": f"def f():\n    return {i}", "test_list": [f"assert f() == {i}"],
-             "test_setup_code": "import math"} for i in (1, 2, 3, 4, 11, 12, 600)]  # fmt: skip
+    rows = [
+        {"task_id": i, "text": f"Write {i}.", "code": f"def f():\n    return {i}", "test_list": [f"assert f() == {i}"]}
+        for i in (1, 2, 3, 4, 11, 12, 600)
+    ]
     problems = read_problems("mbpp", write_rows(tmp_path / "m.jsonl", rows))
     assert [problem.name for problem in problems] == ["11", "12"]
     assert problems[0].prompt.count("[DONE]") == 3 and problems[0].prompt.endswith("assert f() == 11\n[BEGIN]\n")
@@ -153,7 +158,7 @@ def test_what_is_written_is_kept_and_run_only_when_allowed(checkpoint, tmp_path,
     report = json.loads(capsys.readouterr().out)
     assert len(written) == 4 and report["pass_at_k"] == {"pass@1": 0.0} and len(report["results"]) == 3
     assert call(checkpoint, data, tmp_path / "out", "--seed", "1") == 2
-    assert "another model or with other settings" in capsys.readouterr().err
+    assert "was written with other settings or another model" in capsys.readouterr().err
 
 
 def test_infilling_is_told_the_length_and_sees_what_stands_behind(checkpoint, tmp_path, monkeypatch):
