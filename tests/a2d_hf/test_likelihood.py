@@ -92,14 +92,9 @@ def test_the_error_shrinks_with_the_root_of_the_number_of_masks():
     request = Request.continuation([0, 3, 4], [2, 1, 1, 4, 0, 3])  # 63 subsets: none of these is enumerated
 
     def spread(masks: int) -> float:
-        return float(
-            torch.tensor(
-                [
-                    nelbo(model, [request], mc_num=masks, seed=seed, batch_size=64)[0].log_likelihood
-                    for seed in range(150)
-                ]
-            ).std()
-        )
+        seeds = range(150)
+        found = [nelbo(model, [request], mc_num=masks, seed=seed, batch_size=64)[0].log_likelihood for seed in seeds]
+        return float(torch.tensor(found).std())
 
     few, many = spread(6), spread(54)
     # Nine times the masks, a third of the error: sizes are stratified in both, and their masks are independent.
