@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import lm_eval_presets as presets
 from .console import Console
-from .errors import A2DError, BadInput
+from .errors import A2DError, BadInput, SaveFailed
 
 
 MODEL = "a2d"
@@ -22,6 +23,12 @@ TARGET = "a2d_hf.lm_eval_model:A2DLM"
 # What decides an answer besides the request itself, by the names of the harness.
 ANSWERING = ("model", "model_args", "config", "apply_chat_template", "system_instruction")
 NAMED_AT_MOST = 3
+# What a task file cannot be without, unless it includes another, and the fields that give it.
+NEEDED = {
+    "dataset_path": {"dataset_path", "custom_dataset"},
+    "test_split": {"test_split", "validation_split"},
+    "doc_to_text": {"doc_to_text"},
+}
 
 
 def register() -> None:
@@ -53,19 +60,97 @@ def main(argv: Sequence[str] | None = None) -> int:
     del lm_eval
     try:
         register()
-        known = _known(argv)
-        check_tasks(known)
-        sys.argv = ["a2d-lm-eval", *with_own_cache(argv, known)]
-        from lm_eval.__main__ import cli_evaluate
-
-        cli_evaluate()
+        preset, argv = _preset(argv)
+        if preset.preset is not None:
+            return run_preset(preset, argv, console)
+        if preset.dry_run:
+            raise BadInput("--dry_run lists the runs of a preset: give --preset too.")
+        run_harness(argv)
     except A2DError as error:
         console.error(str(error))
         return error.exit_code
+    except SystemExit as stop:  # the harness' own end, or what a task file says of its data
+        if isinstance(stop.code, str):
+            console.error(stop.code)
+            return BadInput.exit_code
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         console.error("interrupted; with --use_cache PATH a second run goes on from the answers that are there.")
         return 130
     return 0
+
+
+def run_harness(argv: Sequence[str]) -> None:
+    """One run of the harness, its tasks checked and its cache named."""
+    known = _known(argv)
+    check_tasks(known)
+    sys.argv = ["a2d-lm-eval", *with_own_cache(argv, known)]
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+def run_preset(preset: argparse.Namespace, rest: list[str], console: Console) -> int:
+    """
+    The runs of a preset, one after another; those that have been finished before are left alone.
+
+    Returns:
+        `int`: 0, or 1 where a run failed; the others are done all the same.
+    """
+    planned = presets.plan(preset.preset, preset, rest)
+    source = presets.PRESETS[preset.preset].source
+    if preset.dry_run:
+        for one in planned:
+            console.step(one.run.name + (f" (skipped: {one.skipped})" if one.skipped else ""))
+            console.note(one.command)
+            for name, value in one.run.published.items():
+                console.note(f"published: {name} {value}")
+            if one.run.note:
+                console.note(f"note: {one.run.note}")
+        console.note(f"source of the published numbers: {source}")
+        return 0
+    identities = [answers_digest(_known(one.argv)) for one in planned]
+    # Looked up before anything runs: processes that share the work then agree on what is to do.
+    records = [presets.finished(one, identity) for one, identity in zip(planned, identities, strict=True)]
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    failed = []
+    for number, (one, identity) in enumerate(zip(planned, identities, strict=True)):
+        if records[number] is not None or one.skipped:
+            console.step(f"{one.run.name}: " + (f"skipped, {one.skipped}" if one.skipped else "finished before"))
+            continue
+        console.step(f"{one.run.name}: {one.command}")
+        try:
+            presets.prepare(one)
+            run_harness(one.argv)
+            if main_process:
+                records[number] = presets.finish(one, identity)
+        except SaveFailed:
+            raise
+        except (Exception, SystemExit) as error:  # one task's data that cannot be had must not cost the others
+            failed.append(one.run.name)
+            console.error(f"{one.run.name}: {' '.join(str(error).split()) or type(error).__name__}")
+    if main_process:
+        console.line()
+        console.table(["run", "measure", "here", "published, %"], presets.summary([one for one in records if one]))
+        console.note(f"source of the published numbers: {source}")
+        if failed:
+            console.warn(f"not finished: {', '.join(failed)}. The same command runs these alone again.")
+    return 1 if failed else 0
+
+
+def _preset(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of a preset, and what is left for the harness."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true")
+    own, rest = parser.parse_known_args(list(argv))
+    if own.preset is None:
+        return own, rest
+    parser.add_argument("--model", "-M")
+    parser.add_argument("--model_args", "-a", nargs="+")
+    parser.add_argument("--output_path", "-o")
+    parser.add_argument("--confirm_run_unsafe_code", action="store_true")
+    return parser.parse_known_args(list(argv))
 
 
 def _known(argv: Sequence[str]) -> argparse.Namespace:
@@ -93,11 +178,37 @@ def check_tasks(known: argparse.Namespace) -> None:
 
     manager = TaskManager(include_path=known.include_path)
     for name in asked:
-        if name.endswith((".yaml", ".yml")) or manager.match_tasks([name]):
+        if name.endswith((".yaml", ".yml")):
+            if "*" not in name:
+                check_task_file(Path(name))
+            continue
+        if manager.match_tasks([name]):
             continue
         near = difflib.get_close_matches(name, manager.all_tasks, n=NAMED_AT_MOST, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "`a2d-lm-eval ls tasks` lists them"
         raise BadInput(f"--tasks {name} is not a task: {hint}.")
+
+
+def check_task_file(path: Path) -> None:
+    """Raises [`BadInput`] for a task file that is absent, empty, or says nothing of a task."""
+    import yaml
+
+    if not path.is_file():
+        raise BadInput(f"--tasks {path} does not exist.")
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_multi_constructor("!", lambda *parts: None)  # `!function` names code, which is not looked up here
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"--tasks {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not content:
+        raise BadInput(f"--tasks {path} is empty: it should describe a task.")
+    if not isinstance(content, dict) or not {"task", "group"} & set(content):
+        raise BadInput(f"--tasks {path} names no task: it needs the field `task`.")
+    if isinstance(content.get("task"), str) and "include" not in content:
+        for name, ways in NEEDED.items():
+            if not ways & set(content):
+                raise BadInput(f"--tasks {path} has no field `{name}`: the task needs it.")
 
 
 def with_own_cache(argv: Sequence[str], known: argparse.Namespace) -> list[str]:
@@ -110,9 +221,7 @@ def with_own_cache(argv: Sequence[str], known: argparse.Namespace) -> list[str]:
     argv = list(argv)
     if known.use_cache is None:
         return argv
-    answering = [f"{name}={vars(known)[name]!r}" for name in ANSWERING]
-    answering += [f"{path}: {fingerprint(path)}" for path in _named_paths(known)]
-    digest = hashlib.sha256("\n".join(answering).encode()).hexdigest()[:16]
+    digest = answers_digest(known)
     for index, word in enumerate(argv):
         for flag in ("--use_cache", "-c"):
             if word == flag and index + 1 < len(argv):
@@ -120,6 +229,13 @@ def with_own_cache(argv: Sequence[str], known: argparse.Namespace) -> list[str]:
             elif word.startswith(f"{flag}="):
                 argv[index] = f"{flag}={known.use_cache}-{digest}"
     return argv
+
+
+def answers_digest(known: argparse.Namespace) -> str:
+    """Hash of everything that decides an answer besides the request: the model, its files, its arguments."""
+    answering = [f"{name}={vars(known)[name]!r}" for name in ANSWERING]
+    answering += [f"{path}: {fingerprint(path)}" for path in _named_paths(known)]
+    return hashlib.sha256("\n".join(answering).encode()).hexdigest()[:16]
 
 
 def _named_paths(known: argparse.Namespace) -> list[str]:

@@ -5,11 +5,15 @@ Owns the translation between the harness' requests and this project's likelihood
 Likelihoods are likelihood.py's, decoding is the model's own `diffusion_generate`.
 """
 
+import itertools
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm import tqdm
@@ -84,6 +88,9 @@ class A2DLM(HFLM):
         kwargs["backend"] = "causal"
         # HFLM asks for CUDA unless told otherwise; a machine without one gets its CPU.
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Under torchrun, accelerate would take each process for the only one: on CPUs it has to be told.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         super().__init__(pretrained, **kwargs)
         accelerator = vars(self).get("accelerator")
         if accelerator is not None:  # HFLM shares requests between GPUs only; processes on CPUs can share them too
@@ -123,29 +130,55 @@ class A2DLM(HFLM):
         if self.likelihood == CAUSAL:  # the harness' own way, on the parent's own logits
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         wanted = [self._request(context, continuation) for _, context, continuation in requests]
-        batch_size = override_bs or self.batch_size
-        if batch_size == "auto":
-            batch_size = self.max_batch_size
-        bar = tqdm(desc=f"likelihood ({self.likelihood}), forward rows", disable=disable_tqdm or self.rank != 0)
-        with bar:
-            if self.likelihood == TOKEN_BY_TOKEN:
-                found = likelihoods.token_by_token(self.a2d, wanted, batch_size=batch_size, advance=bar.update)
-                greedy = [bool(one.is_greedy) for one in found]
-            else:
-                found = likelihoods.nelbo(
-                    self.a2d,
-                    wanted,
-                    mc_num=self.mc_num,
-                    seed=self.mc_seed,
-                    batch_size=batch_size,
-                    advance=bar.update,
-                )
-                greedy = self._decoded_exactly(wanted, batch_size) if self.check_greedy else [False] * len(wanted)
+        batch_size = self._rows(override_bs)
+        found = self._likelihoods(wanted, batch_size, disable_tqdm)
+        if self.likelihood == TOKEN_BY_TOKEN:
+            greedy = [bool(one.is_greedy) for one in found]
+        else:
+            greedy = self._decoded_exactly(wanted, batch_size) if self.check_greedy else [False] * len(wanted)
         answers = [(one.log_likelihood, match) for one, match in zip(found, greedy, strict=True)]
         for (key, _, _), answer in zip(requests, answers, strict=True):
-            if key is not None:  # windows of a long text are put together, and kept, by `loglikelihood_rolling`
+            if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The harness' windows hold one token more than the context: its models never read their last one."""
+        if self.likelihood == CAUSAL:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        windows = [self._windows(*request.args) for request in requests]
+        found = iter(self._likelihoods([one for text in windows for one in text], self._rows(), disable_tqdm))
+        totals = [math.fsum(one.log_likelihood for one in itertools.islice(found, len(text))) for text in windows]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _windows(self, text: str) -> list[likelihoods.Request]:
+        tokens = self.tok_encode(text)
+        if not tokens:
+            return []
+        return likelihoods.rolling_requests(tokens, self.max_length, prefix_id=self.prefix_token_id)
+
+    def _rows(self, override: int | None = None) -> int:
+        """Rows of a forward pass at most."""
+        rows = override or self.batch_size
+        return self.max_batch_size if rows == "auto" else rows
+
+    def _likelihoods(
+        self, wanted: Sequence[likelihoods.Request], batch_size: int, disable_tqdm: bool
+    ) -> list[likelihoods.Likelihood]:
+        """By the Monte-Carlo bound, or token by token."""
+        with tqdm(desc=f"likelihood ({self.likelihood}), forward rows", disable=disable_tqdm or self.rank != 0) as bar:
+            if self.likelihood == TOKEN_BY_TOKEN:
+                return likelihoods.token_by_token(self.a2d, wanted, batch_size=batch_size, advance=bar.update)
+            return likelihoods.nelbo(
+                self.a2d,
+                wanted,
+                mc_num=self.mc_num,
+                seed=self.mc_seed,
+                batch_size=batch_size,
+                advance=bar.update,
+            )
 
     def _request(self, context: list[int], continuation: list[int]) -> likelihoods.Request:
         """Context and continuation, the context cut from the left where both do not fit."""

@@ -87,6 +87,20 @@ def test_the_estimate_is_unbiased(fields):
     assert abs(float(found.mean()) - exact) < 4 * error and 0 < error < 0.02 * abs(exact)
 
 
+def test_the_error_shrinks_with_the_root_of_the_number_of_masks():
+    model = small_model()
+    request = Request.continuation([0, 3, 4], [2, 1, 1, 4, 0, 3])  # 63 subsets: none of these is enumerated
+
+    def spread(masks: int) -> float:
+        seeds = range(150)
+        found = [nelbo(model, [request], mc_num=masks, seed=seed, batch_size=64)[0].log_likelihood for seed in seeds]
+        return float(torch.tensor(found).std())
+
+    few, many = spread(6), spread(54)
+    # Nine times the masks, a third of the error: sizes are stratified in both, and their masks are independent.
+    assert few / many == pytest.approx(3.0, rel=0.25)
+
+
 def test_fewer_passes_than_subsets_still_mean_at_most_that_many_passes():
     passes = []
     nelbo(small_model(), [REQUEST], mc_num=14, advance=passes.append)
