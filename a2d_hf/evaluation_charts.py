@@ -17,9 +17,9 @@ def masked_chart(report: dict[str, Any], other: dict[str, Any] | None = None) ->
     def points(each: dict[str, Any]) -> list[tuple[float, float]]:
         return [(100 * row["ratio"], 100 * row["accuracy"]) for row in each["masked_accuracy"]]
 
-    series = [Series("" if other is None else report["model"], points(report), colour=0)]
+    series = [Series("" if other is None else report["model"], points(report), colour=0, marks=True)]
     if other is not None:
-        series.append(Series(other["model"], points(other), colour=1))
+        series.append(Series(other["model"], points(other), colour=1, marks=True))
     first, last = points(report)[0], points(report)[-1]
     return figure(
         line_chart(
@@ -53,12 +53,8 @@ def speed(report: dict[str, Any], timings: dict[str, Any]) -> Markup:
             else f"Faster than the parent on this machine: {', '.join(faster)}. The others are slower."
         )
         honest += " Look at the quality beside the speed: fast and bad is easy."
-    ordered = sorted(
-        (point["tokens_per_forward"], clock["tokens_per_second"])
-        for point, clock in zip(swept["points"], clocks, strict=True)
-    )
     chart = line_chart(
-        [Series("", ordered, colour=0)], levels=levels,
+        _settings_drawn(swept["points"], [clock["tokens_per_second"] for clock in clocks]), levels=levels,
         x_label="tokens per forward pass", y_label="tokens per second",
         alt="Tokens per second against tokens per forward pass, the parent as a level.",
     )  # fmt: skip
@@ -68,7 +64,9 @@ def speed(report: dict[str, Any], timings: dict[str, Any]) -> Markup:
             "likeliest token. Times are of this machine and of this call.",
             honest,
         ),
-        figure(chart, "Fewer passes, more tokens per second."),
+        figure(
+            chart, "The line joins fixed numbers of steps; single marks are thresholds."
+        ),
         table(("Setting", "tokens per pass", "tokens per second", "parent's NLL of it", "different tokens"), rows),
     ]
     if beside is not None:
@@ -76,6 +74,15 @@ def speed(report: dict[str, Any], timings: dict[str, Any]) -> Markup:
     if report["against"] is None:
         parts.append(accuracy_curve(report, None))
     return join(*[part for part in parts if part is not None])
+
+
+def _settings_drawn(points: list[dict[str, Any]], values: list[float]) -> list[Series]:
+    """One value for each setting against its tokens per pass: a line through the steps, marks for the thresholds."""
+    steps, thresholds = [], []
+    for point, value in zip(points, values, strict=True):
+        (thresholds if "threshold" in point["setting"] else steps).append((point["tokens_per_forward"], value))
+    series = [Series("", sorted(steps), colour=0, marks=True)]
+    return series + ([Series("", sorted(thresholds), colour=0, marks=True, joined=False)] if thresholds else [])
 
 
 def _speed_row(name: str, point: dict[str, Any], clock: dict[str, Any]) -> tuple[str, ...]:
@@ -90,10 +97,10 @@ def _speed_row(name: str, point: dict[str, Any], clock: dict[str, Any]) -> tuple
 
 
 def _opinion_chart(swept: dict[str, Any]) -> Markup:
-    ordered = sorted((point["tokens_per_forward"], point["parent_nll"]) for point in swept["points"])
+    drawn = _settings_drawn(swept["points"], [point["parent_nll"] for point in swept["points"]])
     own = swept["parent"]["parent_nll"]
     chart = line_chart(
-        [Series("", ordered, colour=0)], levels=[Level(f"its own text {own:.2f}", own, 1)],
+        drawn, levels=[Level(f"its own text {own:.2f}", own, 1)],
         x_label="tokens per forward pass", y_label="nats per token under the parent",
         alt="The parent's NLL of what the conversion wrote, against tokens per forward pass.",
     )  # fmt: skip
@@ -114,6 +121,7 @@ def accuracy_curve(report: dict[str, Any], other: dict[str, Any] | None) -> Mark
             each["model"] if other is not None else "",
             [(p["tokens_per_forward"], 100 * p["token_accuracy"]) for p in each["throughput"]["infilling_curve"]],
             colour=int(each is other),
+            marks=True,
         )
         for each in every
     ]
