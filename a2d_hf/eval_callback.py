@@ -73,8 +73,7 @@ class A2DEvalCallback(TrainerCallback):
         if any("input_ids" not in row for row in first):
             raise ValueError("`rows` need `input_ids`: tokenize them, or pass a dataset that the trainer prepared.")
         rows = [
-            {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))}
-            for row in first
+            {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))} for row in first
         ]
         try:
             self.rows = evaluate.usable_rows(rows)

@@ -64,9 +64,7 @@ def speed(report: dict[str, Any], timings: dict[str, Any]) -> Markup:
             "likeliest token. Times are of this machine and of this call.",
             honest,
         ),
-        figure(
-            chart, "The line joins fixed numbers of steps; single marks are thresholds."
-        ),
+        figure(chart, "The line joins fixed numbers of steps; single marks are thresholds."),
         table(("Setting", "tokens per pass", "tokens per second", "parent's NLL of it", "different tokens"), rows),
     ]
     if beside is not None:
