@@ -93,9 +93,8 @@ def run(args: argparse.Namespace) -> int:
         names = "report.json, timings.json" + (" and report.html" if args.html else "")
         console.note(f"written to {folder}: {names}")
         if evaluation.reused:
-            console.note(
-                f"{len(evaluation.reused)} parts were there from an earlier call (--fresh measures them again)"
-            )
+            count = len(evaluation.reused)
+            console.note(f"{count} finished parts of an earlier call were used (--fresh measures them again)")
     return 0
 
 
