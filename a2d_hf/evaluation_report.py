@@ -164,7 +164,9 @@ def _against(report: dict[str, Any]) -> Markup:
         rows.append((f"gap of {ours['length']}: tokens right", *cells, ""))
     for ours, theirs in zip(report["tasks"], other["tasks"], strict=True):
         cells = [_pm(each["value"], each["stderr"]) for each in (ours, theirs)]
-        rows.append((f"{ours['task']}, {ours['metric']}", *cells, f"{theirs['value'] - ours['value']:+.3f}"))
+        known = None not in (ours["value"], theirs["value"])
+        change = f"{theirs['value'] - ours['value']:+.3f}" if known else ""
+        rows.append((f"{ours['task']}, {ours['metric']}", *cells, change))
     if error is None or error == 0:
         words = f"{names[1]} is {abs(mean):.3f} nats per token {'below' if mean < 0 else 'above'} {names[0]}."
     else:

@@ -7,6 +7,7 @@ through the harness' own `HFLM`, the conversion through lm_eval_model.py's subcl
 
 import argparse
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def diffusion_answers(model: Any, tokenizer: Any, *, likelihood: str, mc_num: in
     """The converted model as the harness sees it."""
     from .lm_eval_model import A2DLM
 
+    _quiet()
     return A2DLM(
         model, tokenizer=tokenizer, likelihood=likelihood, mc_num=mc_num, mc_seed=seed, batch_size=batch_size,
         device=str(model.device),
@@ -51,7 +53,13 @@ def parent_answers(parent: Any, tokenizer: Any, *, batch_size: int) -> Any:
     """The autoregressive parent as the harness sees it."""
     from lm_eval.models.huggingface import HFLM
 
+    _quiet()
     return HFLM(parent, tokenizer=tokenizer, backend="causal", batch_size=batch_size, device=str(parent.device))
+
+
+def _quiet() -> None:
+    """The harness tells programmers what it is about to do; a user of `a2d eval` has asked for it."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def score(
@@ -61,14 +69,12 @@ def score(
     One task, or every task of a group.
 
     Returns:
-        `list[dict]`: `task`, `metric`, `value`, `stderr` (`None` where the harness has none), `num_fewshot`,
-        `examples`, `version`; one entry per metric.
+        `list[dict]`: `task`, `metric`, `value` and `stderr` (`None` where the harness has none, or an infinite one),
+        `num_fewshot`, `examples`, `version`; one entry per metric.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # The harness tells programmers what it is about to do; a user of this command has asked for it.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = simple_evaluate(
         model=answers,
         tasks=[task],
@@ -92,8 +98,8 @@ def score(
                 {
                     "task": name,
                     "metric": metric if filtered in ("", "none") else f"{metric} ({filtered})",
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, int | float) else None,
+                    "value": float(value) if math.isfinite(value) else None,
+                    "stderr": float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
                     "num_fewshot": found.get("n-shot", {}).get(name),
                     "examples": found.get("n-samples", {}).get(name, {}).get("effective"),
                     "version": found.get("versions", {}).get(name),

@@ -292,3 +292,14 @@ def test_the_flags_have_the_defaults_of_the_settings():
     flags = vars(build_parser()[0].parse_args(["eval", "RUN"]))
     defaults = vars(EvaluationSettings()) | {"tasks": None}
     assert {name: value for name, value in flags.items() if name not in NOT_SETTINGS} == defaults
+
+
+def test_block_diffusion_is_measured_where_it_sees_both_sides(call, made, tmp_path):
+    flags = ["--objective", "bd3lm", "--block-size", "4", "--data", made / "story.txt"]
+    assert call("convert", made / "parent", "--out", tmp_path / "run", *flags, *TRAIN)[0] == 0
+    code, _, err = call("eval", tmp_path / "run", "--sweep", *QUICK)
+    report = report_of(tmp_path / "run")
+    assert code == 0, err
+    # A gap of 4 fills its block: what stands behind it is out of sight.
+    assert [line["spans"] for line in report["infilling"]] == [3, 0, 0] and report["throughput"]["aup"] is None
+    assert "Not measured: gaps of 4, 8 tokens" in (tmp_path / "run" / "eval" / "report.html").read_text()
