@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "A2DConfig": "a2d_hf.modeling.configuration_a2d",
+    "A2DEvalCallback": "a2d_hf.eval_callback",
     "A2DForMaskedDiffusion": "a2d_hf.modeling.modeling_a2d",
     "A2DGenerationConfig": "a2d_hf.modeling.generation_config_a2d",
     "AttentionPattern": "a2d_hf.modeling.attention_pattern",
@@ -31,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "A2DConfig",
+    "A2DEvalCallback",
     "A2DForMaskedDiffusion",
     "A2DGenerationConfig",
     "AttentionPattern",
@@ -48,6 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .conversion import convert
     from .detection import detect
+    from .eval_callback import A2DEvalCallback
     from .modeling.attention_pattern import AttentionPattern
     from .modeling.configuration_a2d import A2DConfig
     from .modeling.generation_config_a2d import A2DGenerationConfig

@@ -199,8 +199,22 @@ def diffusion_nelbo(
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> Estimate:
+    """The mean of [`row_nelbos`] per token, whose arguments it takes."""
+    totals = row_nelbos(model, rows, mc_samples=mc_samples, batch_size=batch_size, seed=seed, advance=advance)
+    return estimate(totals, [len(scored_positions(row)) for row in rows])
+
+
+def row_nelbos(
+    model: A2DForMaskedDiffusion,
+    rows: Sequence[Row],
+    *,
+    mc_samples: int = MC_SAMPLES,
+    batch_size: int = 8,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> list[float]:
     """
-    Negative evidence lower bound per token: an upper bound on the model's NLL, not a perplexity.
+    Negative evidence lower bound of each row: an upper bound on the model's NLL, not a perplexity.
 
     For a row with N scored tokens the bound is N/l times the cross-entropy summed over l masked tokens, in expectation
     over l uniform on {1, ..., N} and over all subsets of that size: equation 6 of LLaDA
@@ -219,7 +233,7 @@ def diffusion_nelbo(
         advance (`Callable[[int], None]`, *optional*): told how many sequences have just been scored.
 
     Returns:
-        [`Estimate`]
+        `list[float]`: nats of each row, all its scored tokens together.
     """
     positions, block_size = [scored_positions(row) for row in rows], _block_size(model)
     repeats = mc_samples if block_size == 1 else 1  # every draw of blocks of one token is the same draw
@@ -237,7 +251,7 @@ def diffusion_nelbo(
                 found[index].append(math.fsum(w * value for w, value in zip(weights, values, strict=True)))
             if advance is not None:
                 advance(len(batch) * repeats)
-    return estimate([math.fsum(values) / draws for values in found], [len(places) for places in positions])
+    return [math.fsum(values) / draws for values in found]
 
 
 def masked_accuracy(
@@ -275,7 +289,6 @@ def masked_accuracy(
     return table
 
 
-@torch.no_grad()
 def autoregressive_nll(
     parent: PreTrainedModel,
     rows: Sequence[Row],
@@ -283,17 +296,30 @@ def autoregressive_nll(
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
 ) -> Estimate:
+    """The mean of [`row_nlls`] per token: exact for these texts, its standard error that of the choice of texts."""
+    totals = row_nlls(parent, rows, batch_size=batch_size, advance=advance)
+    return estimate(totals, [len(scored_positions(row)) for row in rows])
+
+
+@torch.no_grad()
+def row_nlls(
+    parent: PreTrainedModel,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], None] | None = None,
+) -> list[float]:
     """
-    NLL per token of an autoregressive model on the same tokens, each predicted from those before it.
+    NLL of each row under an autoregressive model, on the same tokens, each predicted from those before it.
 
     Args:
         parent (`PreTrainedModel`): a causal language model.
         rows (`Sequence[Row]`): from [`usable_rows`].
 
     Returns:
-        [`Estimate`]: exact for these texts; its standard error is that of the choice of texts.
+        `list[float]`: nats of each row, all its scored tokens together.
     """
-    totals, counts = [], []
+    totals = []
     with _evaluating(parent):
         for batch in _batches(rows, batch_size, rows, parent.get_input_embeddings().weight.shape[0]):
             length = max(len(row["input_ids"]) for row in batch)
@@ -311,10 +337,9 @@ def autoregressive_nll(
                 targets_N = ids_BL[b, places].to(logits_NV.device)
                 nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
                 totals.append(math.fsum(nll_N.double().tolist()))
-                counts.append(len(places))
             if advance is not None:
                 advance(len(batch))
-    return estimate(totals, counts)
+    return totals
 
 
 class _evaluating:

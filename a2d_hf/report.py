@@ -18,6 +18,7 @@ from .atomic_files import write_text
 
 WIDTH, HEIGHT = 520, 290  # of a chart, in SVG units: small, so that its words stay readable on a phone
 LEFT, RIGHT, TOP, BOTTOM = 38, 22, 26, 42
+DIGIT = 8  # width of a digit of a label, in the same units
 
 
 @dataclass
@@ -47,12 +48,16 @@ class Series:
         colour (`int`): 0 or 1, one of the page's two chart colours.
         smooth (`int`, *optional*, defaults to 1): number of points in the running mean that the line shows; the
             points themselves are drawn faintly behind it when it is larger than 1.
+        marks (`bool`, *optional*, defaults to `False`): a mark at every point: where there are few, and each counts.
+        joined (`bool`, *optional*, defaults to `True`): a line from point to point.
     """
 
     label: str
     points: list[tuple[float, float]]
     colour: int
     smooth: int = 1
+    marks: bool = False
+    joined: bool = True
 
 
 @dataclass
@@ -173,10 +178,12 @@ def line_chart(
     x_ticks = _ticks(min(0.0, min(xs)), max(xs) or 1.0)
     y_ticks = _ticks(0.0, max(ys) * 1.08 or 1.0)
     x_high, y_high = max(max(xs), x_ticks[-1]), y_ticks[-1]
-    inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    # Room for the longest label of the vertical axis.
+    left = LEFT + DIGIT * max(0, max(len(_number(y)) for y in y_ticks) - 3)
+    inner_width, inner_height = WIDTH - left - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at_x(x: float) -> float:
-        return round(LEFT + inner_width * x / x_high, 1)
+        return round(left + inner_width * x / x_high, 1)
 
     def at_y(y: float) -> float:
         return round(TOP + inner_height * (1 - min(max(y, 0.0), y_high) / y_high), 1)
@@ -185,11 +192,11 @@ def line_chart(
     for y in y_ticks:
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                LEFT, WIDTH - RIGHT, at_y(y), at_y(y)
+                left, WIDTH - RIGHT, at_y(y), at_y(y)
             )
         )
         parts.append(
-            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 7, at_y(y) + 4, _number(y))
+            Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(left - 7, at_y(y) + 4, _number(y))
         )
     for x in x_ticks:
         parts.append(
@@ -199,10 +206,10 @@ def line_chart(
         )
     parts.append(
         Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            LEFT + inner_width / 2, HEIGHT - 6, x_label
+            left + inner_width / 2, HEIGHT - 6, x_label
         )
     )
-    parts.append(Markup('<text x="{}" y="{}">{}</text>').format(LEFT, TOP - 12, y_label))
+    parts.append(Markup('<text x="{}" y="{}">{}</text>').format(left, TOP - 12, y_label))
     for s, points, means in zip(series, finite, smoothed, strict=True):
         if s.smooth > 1:
             dots = Markup("").join(
@@ -210,20 +217,24 @@ def line_chart(
             )
             parts.append(Markup('<g class="dots c{}">{}</g>').format(s.colour, dots))
         path = " ".join(f"{at_x(x)},{at_y(y)}" for x, y in means)
-        parts.append(Markup('<polyline class="line c{}" points="{}"/>').format(s.colour, path))
+        if s.joined:
+            parts.append(Markup('<polyline class="line c{}" points="{}"/>').format(s.colour, path))
+        if s.marks:
+            marks = [Markup('<circle cx="{}" cy="{}" r="3.5"/>').format(at_x(x), at_y(y)) for x, y in means]
+            parts.append(Markup('<g class="c{}">{}</g>').format(s.colour, Markup("").join(marks)))
     curves = [[(at_x(x), at_y(y)) for x, y in means] for means in smoothed]
     labels: dict[str, list[tuple[float, str, int]]] = {"start": [], "end": []}
     for level in levels:
         parts.append(
             Markup('<line class="level c{}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                level.colour, LEFT, WIDTH - RIGHT, at_y(level.y), at_y(level.y)
+                level.colour, left, WIDTH - RIGHT, at_y(level.y), at_y(level.y)
             )
         )
         labels[_freer_side(at_y(level.y), curves)].append((at_y(level.y), level.label, level.colour))
     labels["end"] += [
         (curve[-1][1], s.label, s.colour) for s, curve in zip(series, curves, strict=True) if s.label and curve
     ]
-    for anchor, at in (("start", LEFT + 6), ("end", WIDTH - RIGHT - 4)):
+    for anchor, at in (("start", left + 6), ("end", WIDTH - RIGHT - 4)):
         for y, label, colour in _spread(labels[anchor]):
             parts.append(
                 Markup('<text class="c{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(

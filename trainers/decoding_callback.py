@@ -91,13 +91,15 @@ class DecodePromptsCallback(TrainerCallback):
             self._write(Path(args.output_dir) / FILE, state.global_step, found)
             self._show(state.global_step, found)
             mean = sum(row["tokens_per_forward"] for row in found) / len(found)
+            should_log = control.should_log
             self.trainer.log({"decoded_tokens_per_forward": mean})
+            control.should_log = should_log  # `log` takes it back, and the trainer's own loss would not be logged
 
     def decode(self) -> list[dict[str, Any]]:
         """What the model writes now: `prompt`, `text` and `tokens_per_forward` of each prompt."""
         model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
         found = []
-        with torch.no_grad(), _undisturbed(model), self.trainer.compute_loss_context_manager():
+        with torch.no_grad(), undisturbed(model), self.trainer.compute_loss_context_manager():
             for prompt in self.prompts:
                 text = prompt
                 if not isinstance(prompt, str):
@@ -143,7 +145,7 @@ class DecodePromptsCallback(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _undisturbed(model: torch.nn.Module):
+def undisturbed(model: torch.nn.Module):
     """The model in evaluation mode; afterwards its modes and every random state are what they were."""
     modes = {module: module.training for module in model.modules()}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

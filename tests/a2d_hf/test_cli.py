@@ -300,7 +300,7 @@ class TestEval:
     def test_the_same_seed_gives_the_same_report_bytes(self, call, trained):
         call("eval", trained[0], "--mc-samples", 2)
         first = (trained[0] / "eval" / "report.json").read_bytes()
-        call("eval", trained[0], "--mc-samples", 2)
+        call("eval", trained[0], "--mc-samples", 2, "--fresh")
         assert (trained[0] / "eval" / "report.json").read_bytes() == first
         call("eval", trained[0], "--mc-samples", 2, "--seed", 1)
         assert (trained[0] / "eval" / "report.json").read_bytes() != first
