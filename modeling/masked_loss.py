@@ -8,6 +8,7 @@ Shapes: N rows with a target, V vocabulary rows, D hidden size, C rows of a chun
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted sum of cross-entropies of `transform(hidden @ weight.T + bias)`, gradients taken in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, weights_N, transform, chunk_rows):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, weights_N, transform, chunk_rows, tied):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         rows, device = hidden_ND.shape[0], hidden_ND.device
         hit_N = torch.empty(rows, dtype=torch.bool, device=device)
@@ -81,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_bias_V = torch.zeros_like(bias_V) if needs_bias else None
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.tied = tied
         ctx.mark_non_differentiable(nll_N, hit_N)
         return (nll_N * weights_N).sum(), nll_N, hit_N
 
@@ -93,7 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else (saved * grad_loss if keep else saved.mul_(grad_loss)).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, None, None, None, None)
+        if ctx.tied is not None and gradients[1] is not None:
+            ctx.tied.of_head_VD, gradients[1] = gradients[1], None  # goes on with that of the lookup
+        return (*gradients, None, None, None, None, None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -120,6 +124,7 @@ def linear_cross_entropy(
     weights_N: torch.Tensor,
     transform: Callable | None = None,
     chunk_rows: int | None = None,
+    tied: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The weighted sum of cross-entropies of an output head, in chunks of rows.
@@ -131,6 +136,8 @@ def linear_cross_entropy(
         weights_N (`torch.Tensor` of shape `(N,)`): what each row counts.
         transform (`Callable`, *optional*): what follows the head; returns the logits and their elementwise slope.
         chunk_rows (`int`, *optional*): rows per chunk; by default as many as fit `CHUNK_LOGITS`.
+        tied ([`TiedGradient`], *optional*): takes the gradient of the head's weight; the backward pass of the lookup
+            that shares it, which comes later, passes both on.
 
     Returns:
         `tuple`: the loss with gradient; the cross-entropies in nats and the exact hits of the rows, without.
@@ -144,6 +151,7 @@ def linear_cross_entropy(
         weights_N.to(device=hidden_ND.device, dtype=torch.float32),
         transform or _identity,
         chunk_rows,
+        tied,
     )
 
 

@@ -337,7 +337,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         head = self.get_output_embeddings()
         in_chunks = labels is not None and self.output_head.runs_in_chunks(head, tokens)
         wanted = None if rows_N is None else HeadRows(rows_N, catch=in_chunks)
-        with pattern_in_force(state), head_rows(head, wanted):
+        with pattern_in_force(state), head_rows(head, wanted, self.get_input_embeddings()):
             outputs = self.backbone(
                 **inputs,
                 # Given even where it is all ones: without it transformers guesses packing from the positions.

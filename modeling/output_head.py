@@ -1,7 +1,7 @@
 """The parent's output head: only the wanted rows pass it, and a loss runs it in chunks.
 
-Owns the hook that gathers rows in front of the head, and what is known of the parent's code behind it (soft-caps and
-logit scales, recognised by comparison, never by family).
+Owns the hook that gathers rows in front of the head, where the gradient of a tied embedding goes, and what is known of
+the parent's code behind it (soft-caps and logit scales, recognised by comparison, never by family).
 
 Shapes: B rows, L tokens, V vocabulary rows, D hidden size, N wanted rows.
 """
@@ -19,11 +19,15 @@ from .masked_loss import cross_entropy_rows, head_transforms, linear_cross_entro
 
 @dataclass
 class HeadRows:
-    """Which rows of the flattened hidden states go through the head, and what was caught on the way."""
+    """
+    Which rows of the flattened hidden states go through the head, what was caught on the way, and where the gradient
+    of a head that is tied to the input embedding goes.
+    """
 
     rows_N: torch.Tensor
     catch: bool = False
     caught_ND: torch.Tensor | None = None
+    tied: "TiedGradient | None" = None
 
 
 _HEAD_ROWS: ContextVar[HeadRows | None] = ContextVar("a2d_head_rows", default=None)
@@ -46,17 +50,76 @@ def _at_the_head(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> t
     return (hidden_XD[None, :1].detach(),)
 
 
+class TiedGradient:
+    """Takes the gradient that a head has for the matrix it shares to where the rows that were read are added to it."""
+
+    def __init__(self):
+        self.of_head_VD: torch.Tensor | None = None
+
+
+class _TiedMatrix(torch.autograd.Function):
+    """The matrix as the lookup sees it: rows come back, and the gradient of the head with them in it goes on."""
+
+    @staticmethod
+    def forward(ctx, weight_VD, tied):
+        ctx.tied = tied
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx, grad_VD):
+        total_VD, ctx.tied.of_head_VD = ctx.tied.of_head_VD, None
+        if not grad_VD.is_sparse:  # something else than the lookup has read it too
+            return grad_VD if total_VD is None else total_VD.add_(grad_VD), None
+        if total_VD is None:  # a backward pass that the loss has no part in
+            return grad_VD.to_dense(), None
+        return total_VD.index_add_(0, grad_VD._indices()[0], grad_VD._values()), None
+
+
+def adds_into_the_head(embedding: torch.nn.Module, head: torch.nn.Module) -> bool:
+    """
+    Whether the gradient of the input embedding may be the rows that were read, added in place into that of the head,
+    which is as large as the matrix they share; torch makes another of that size and adds the two.
+    """
+    if not isinstance(embedding, torch.nn.Embedding) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    weight = embedding.weight
+    return (
+        weight is head.weight
+        and type(weight) is torch.nn.Parameter  # shards have sums of their own
+        and weight.requires_grad
+        and weight.dtype in (torch.float32, torch.float64)
+        and not embedding.sparse
+        and not embedding.scale_grad_by_freq
+    )
+
+
 @contextlib.contextmanager
-def head_rows(head: torch.nn.Module, wanted: HeadRows | None) -> Iterator[None]:
-    """While entered, a forward pass in this context sends only the wanted rows through `head`; `None` means all."""
+def head_rows(head: torch.nn.Module, wanted: HeadRows | None, embedding: torch.nn.Module) -> Iterator[None]:
+    """
+    While entered, a forward pass in this context sends only the wanted rows through `head`; `None` means all. Where
+    they are caught for a loss and `embedding` is tied to the head, its gradient takes no memory of its own.
+    """
     if wanted is None:
         yield
         return
     handle = head.register_forward_pre_hook(_at_the_head)
     token = _HEAD_ROWS.set(wanted)
+    weight = embedding.weight if wanted.catch and adds_into_the_head(embedding, head) else None
     try:
+        if weight is not None:
+            tied = TiedGradient()
+            # As `torch.func.functional_call` does it: the module reads another tensor under the same name.
+            embedding._parameters["weight"], embedding.sparse = _TiedMatrix.apply(weight, tied), True
+
+            def note_lookup(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+                wanted.tied = tied if output.requires_grad else None  # a pass over `inputs_embeds` looks nothing up
+
+            looked_up = embedding.register_forward_hook(note_lookup)
         yield
     finally:
+        if weight is not None:
+            embedding._parameters["weight"], embedding.sparse = weight, False
+            looked_up.remove()
         _HEAD_ROWS.reset(token)
         handle.remove()
 
@@ -131,6 +194,6 @@ class OutputHead:
         targets_N = targets_N.to(wanted.rows_N.device)
         weights_N = row_weights(targets_N.shape[0], targets_N.device, weights_N, num_items_in_batch)
         if wanted.catch:
-            return linear_cross_entropy(wanted.caught_ND, head, targets_N, weights_N, self.transform)
+            return linear_cross_entropy(wanted.caught_ND, head, targets_N, weights_N, self.transform, tied=wanted.tied)
         nll_N, hit_N = cross_entropy_rows(logits[0], targets_N)
         return (nll_N * weights_N).sum(), nll_N.detach(), hit_N

@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 # Draft length of a checkpoint that knows no blocks.
 DRAFT_SIZE = 8
+# How PEFT starts a LoRA with something that it takes out of the base.
+_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _IDLE = ("steps", "selector", "threshold", "entropy_bound", "remasking")
 
 
@@ -70,6 +72,17 @@ def _adapter_layers(model: torch.nn.Module) -> list[Any]:
         return []
     kinds = (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper)
     return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _moved_base(model: torch.nn.Module) -> str | None:
+    """What in the configuration of an adapter changes the weights it stands on, and so survives switching it off."""
+    configs = [config for module in model.modules() for config in vars(module).get("peft_config", {}).values()]
+    for fields in (vars(config) for config in configs):
+        for name, value in (("bias", fields.get("bias")), ("init_lora_weights", fields.get("init_lora_weights"))):
+            moves = value not in (None, "none") if name == "bias" else str(value).lower().startswith(_MOVES_BASE)
+            if moves:
+                return f'{name}="{value}"'
+    return None
 
 
 class SelfSpeculation:
@@ -127,6 +140,11 @@ class SelfSpeculation:
         if kind == "parent" and not _adapter_layers(model):
             raise ValueError(
                 'With no adapter on the model its parent is not there to verify: use `self_speculation="causal"`.'
+            )
+        if kind == "parent" and (reason := _moved_base(model)) is not None:
+            raise ValueError(
+                f"`{reason}` of the adapter has changed the weights under it, so with the adapter off the parent is "
+                'not there to verify: use `self_speculation="causal"`.'
             )
         if kind == "causal" and model.config.clean_context != "causal":
             logger.warning_once(

@@ -76,6 +76,12 @@ class A2DTrainingConfig(TrainingArguments):
             [`~trainers.distillation.linear_top_kl`].
         router_aux_loss_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the parent's own router loss, for a mixture of experts.
+        replay_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the objective on rows of past steps, one for each new row, with fresh noise. Divided by what may
+            be masked in those rows, so it counts as much as the objective at a weight of 1. Without the other losses
+            added here, nor an alignment. Costs as much as the objective. Not for streams, whose past is gone.
+        replay_buffer_size (`int`, *optional*, defaults to `1024`):
+            How many of the last rows seen the replayed ones are drawn from (with `packing`, packs).
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -201,6 +207,12 @@ class A2DTrainingConfig(TrainingArguments):
     router_aux_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the parent's own router loss, for a mixture of experts."}
     )
+    replay_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the objective on rows of past steps, with fresh noise."}
+    )
+    replay_buffer_size: int = field(
+        default=1024, metadata={"help": "How many of the last rows seen the replayed ones are drawn from."}
+    )
 
     def __post_init__(self):
         # A command line knows only strings, and transformers declares this one as a folder's name.
@@ -233,9 +245,11 @@ class A2DTrainingConfig(TrainingArguments):
                 f"`train_sampling_strategy` must be 'random' or 'sequential', not {self.train_sampling_strategy!r}: "
                 "the order of an epoch decides its noise."
             )
-        for name in ("ar_loss_weight", "teacher_kl_weight", "router_aux_loss_weight"):
+        for name in ("ar_loss_weight", "teacher_kl_weight", "router_aux_loss_weight", "replay_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}.")
+        if self.replay_buffer_size < 1:
+            raise ValueError(f"`replay_buffer_size` must be at least 1, not {self.replay_buffer_size}.")
         if self.teacher_logits_cache is not None and (self.teacher_kl_weight == 0 or self.teacher is not None):
             raise ValueError(
                 "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."

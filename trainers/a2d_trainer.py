@@ -34,6 +34,7 @@ from .diffusion_collator import DiffusionCollator
 from .epoch_order import EOSTail, EpochOrder, OrderedRows, PaddedSequence, StreamOrder
 from .measured_trainer import MeasuredTrainer
 from .model_resolution import add_adapter, base_model, resolve_model, resolve_tokenizer
+from .replay import REPLAY, ReplayCollator, ReplayedRows, replay_seed
 from .row_packing import PackedEpochOrder, PackedStream, check_packing
 from .teacher_cache import TeacherCache
 from .trainer_card import Paper, trainer_card
@@ -113,6 +114,10 @@ class A2DTrainer(MeasuredTrainer):
                 raise ValueError("`max_steps` must be set when `train_dataset` is a stream, which has no length.")
             # Rows of ragged lengths cannot be joined by the main process and dealt out.
             args.accelerator_config.dispatch_batches = False
+            if args.replay_weight > 0:
+                raise ValueError(
+                    "`replay_weight` needs a `train_dataset` with a length: a stream cannot be read again."
+                )
 
         # 2. Tokenizer and model. Adapters start from random numbers, so the seed comes first.
         set_seed(args.seed)
@@ -136,6 +141,8 @@ class A2DTrainer(MeasuredTrainer):
             eval_dataset = self._prepare(eval_dataset, "eval")
         if data_collator is None:
             data_collator = DiffusionCollator(self._pad_token_id(), args.pad_to_multiple_of)
+        if args.replay_weight > 0:
+            data_collator = ReplayCollator(data_collator)
 
         # 4. The rest is transformers'.
         super().__init__(
@@ -161,6 +168,7 @@ class A2DTrainer(MeasuredTrainer):
         self.model_accepts_loss_kwargs = True
         self.gate_result: GateResult | None = None
         self.auxiliary = AuxiliaryLosses(self.model, args, teacher_cache)
+        self._replayed_items: torch.Tensor | None = None
 
     def diffusion_fields(self, model: str | PreTrainedModel | PeftModel, args: A2DTrainingConfig) -> dict[str, Any]:
         """The fields of [`A2DConfig`] that the objective asks of its model."""
@@ -234,14 +242,17 @@ class A2DTrainer(MeasuredTrainer):
             rows = rows if packed is None else PackedStream(rows, packed)
         elif packed is not None:
             rows = PackedEpochOrder(dataset, self._data_seed, shuffle, packed, tail)
-            self._note_packing(rows)
+            logger.info(f"Packing: {len(rows.dataset):,} rows in {len(rows):,} sequences.")
         elif is_training:
             rows = EpochOrder(dataset, self._data_seed, shuffle, tail)
         else:
             rows = OrderedRows(dataset)
-        together = 1
-        if self.args.world_size > 1 and not self.args.dataloader_drop_last:
-            together = batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
+        at_once = batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
+        together = at_once if self.args.world_size > 1 and not self.args.dataloader_drop_last else 1
+        if is_training and self.args.replay_weight > 0:
+            seen = len(rows) // at_once * at_once if self.args.dataloader_drop_last else len(rows)
+            step_rows = self.get_total_train_batch_size(self.args)
+            rows = ReplayedRows(rows, self.args.seed, self.args.replay_buffer_size, step_rows, seen)
         return super()._get_dataloader(
             dataset=rows,
             description=description,
@@ -250,9 +261,6 @@ class A2DTrainer(MeasuredTrainer):
             is_training=is_training,
             dataloader_key=dataloader_key,
         )
-
-    def _note_packing(self, packs: PackedEpochOrder) -> None:
-        logger.info(f"Packing: {len(packs.dataset):,} rows in {len(packs):,} sequences.")
 
     @property
     def _data_seed(self) -> int:
@@ -278,6 +286,7 @@ class A2DTrainer(MeasuredTrainer):
             "train_rows": None if isinstance(self.train_dataset, STREAMS) else len(self.train_dataset),
             "rows_per_step": self.get_total_train_batch_size(self.args),
             **({"packing": self.args.packing_strategy} if self.args.packing else {}),
+            **({"replay_buffer_size": self.args.replay_buffer_size} if self.args.replay_weight > 0 else {}),
         }
 
     @property
@@ -321,7 +330,34 @@ class A2DTrainer(MeasuredTrainer):
             self.check_batch(batch)
         # The model may still be in evaluation mode here, so the seed is named.
         items = torch.stack([self.count_items(batch, self.args.seed).to(device) for batch in batches]).sum()
+        if self.args.replay_weight > 0:
+            seed = replay_seed(self.args.seed)
+            replayed = torch.stack([self.count_items(batch[REPLAY], seed).to(device) for batch in batches]).sum()
+            self._replayed_items = self.accelerator.reduce(replayed, reduction="sum")
         return batches, self.accelerator.reduce(items, reduction="sum").clamp(min=1)
+
+    def objective_sum(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+        """The objective alone, summed over a batch with the noise of `seed`, with gradient."""
+        raise NotImplementedError
+
+    def replay_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor | float:
+        """
+        What the past rows that came with a batch of new ones add to its loss. With a gradient: they pass the model
+        again. `num_items_in_batch` is as in `compute_loss`: `None` for a batch on its own.
+        """
+        if not self.model.training or REPLAY not in inputs:
+            return 0.0
+        seed = replay_seed(self.args.seed)
+        items = self.count_items(inputs[REPLAY], seed)
+        divisor = items if num_items_in_batch is None else self._replayed_items
+        if divisor == 0:  # the first step, on every process
+            return 0.0
+        total = self.objective_sum(model, inputs[REPLAY], seed)
+        self._metrics["train"].add("replay_loss", total.detach(), items)
+        loss = self.args.replay_weight * total / divisor
+        return loss if num_items_in_batch is None else self.scale_for_processes(loss)
 
     def scale_for_processes(self, loss: torch.Tensor) -> torch.Tensor:
         """Undoes the mean over processes that data-parallel training takes of gradients already divided globally."""

@@ -290,10 +290,21 @@ class BD3LMTrainer(A2DTrainer):
         loss = total / divisor
         if num_items_in_batch is not None:
             loss = self.scale_for_processes(loss)
+        loss = loss + self.replay_loss(model, inputs, num_items_in_batch)
 
         # 5. What it was made of.
         self._update_metrics(inputs, noise, outputs.token_nll[is_noisy_N], outputs.token_hit[is_noisy_N], total, items)
         return (loss, outputs) if return_outputs else loss
+
+    def objective_sum(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+        noise, unread_BL = self.draw_noise(inputs, seed), torch.full_like(inputs["labels"], -100)
+        labels_BWL = inputs["labels"][:, None].masked_fill(~noise.masked_BWL, -100)
+        weights_BWL = noise.elbo_weight_BWL / noise.views
+        return model(
+            **self.doubled_input(inputs, noise),
+            labels=torch.cat([labels_BWL.flatten(1), unread_BL], dim=1),
+            loss_weights=torch.cat([weights_BWL.flatten(1), torch.zeros_like(weights_BWL[:, 0])], dim=1),
+        ).loss
 
     def clean_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """

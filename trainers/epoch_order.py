@@ -18,6 +18,10 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from .diffusion_noise import eos_tail_length, epoch_order
 
 
+# Of how many epochs an order is remembered: a batch reads one, and what it replays perhaps the ones before.
+ORDERS_KEPT = 4
+
+
 def add_eos_tail(row: dict[str, Any], length: int, token_id: int, max_length: int | None) -> None:
     """
     Puts EOS tokens behind a row, in place, and notes how many as `tail_length`.
@@ -90,22 +94,37 @@ class OrderedRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def current_order(self) -> tuple[int, torch.Tensor | None]:
-        """The epoch, and the row at each place (`None`: the dataset's own order)."""
-        return 0, None
+    @property
+    def epoch(self) -> int:
+        """The epoch that is read now."""
+        return 0
+
+    def order_of(self, epoch: int) -> torch.Tensor | None:
+        """The row at each place of an epoch (`None`: the dataset's own order)."""
+        return None
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
-        epoch, order = self.current_order()
-        size = len(self.dataset)
-        found = self.rows_at(
-            [(epoch, place if order is None else int(order[place])) for place in places if place < size]
+        epoch = self.epoch
+        return self.items_at([(epoch, place) for place in places])
+
+    def items_at(self, wanted: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """What stands at each of some (epoch, place), whatever the epoch that is read now."""
+        size, orders = len(self), {epoch: self.order_of(epoch) for epoch, _ in wanted}
+        found = iter(
+            self.rows_at(
+                [
+                    (epoch, place if orders[epoch] is None else int(orders[epoch][place]))
+                    for epoch, place in wanted
+                    if place < size
+                ]
+            )
         )
-        found = iter(found)
         return [
-            {**(next(found) if place < size else self.blank_row()), "epoch": epoch, "place": place} for place in places
+            {**(next(found) if place < size else self.blank_row()), "epoch": epoch, "place": place}
+            for epoch, place in wanted
         ]
 
     def rows_at(self, wanted: list[tuple[int, int]]) -> list[dict[str, Any]]:
@@ -146,19 +165,24 @@ class EpochOrder(OrderedRows):
         self.shuffle = shuffle
         # In shared memory: persistent workers keep their copy of this object from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._order: tuple[int, torch.Tensor] | None = None
+        self._orders: dict[int, torch.Tensor] = {}
 
     def set_epoch(self, epoch: int) -> None:
         """Moves on to the order of `epoch`."""
         self._epoch.fill_(epoch)
 
-    def current_order(self) -> tuple[int, torch.Tensor | None]:
-        epoch = int(self._epoch)
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def order_of(self, epoch: int) -> torch.Tensor | None:
         if not self.shuffle:
-            return epoch, None
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.dataset)))
-        return self._order
+            return None
+        if epoch not in self._orders:
+            self._orders[epoch] = epoch_order(self.seed, epoch, len(self))
+            while len(self._orders) > ORDERS_KEPT:
+                del self._orders[next(iter(self._orders))]
+        return self._orders[epoch]
 
 
 class StreamOrder(IterableDataset):

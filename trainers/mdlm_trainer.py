@@ -137,17 +137,14 @@ class MDLMTrainer(A2DTrainer):
             return (sum_by_row(maskable_BL, inputs) > 0).sum()
         return maskable_BL.sum()
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def predict_masked(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int, **kwargs: Any
+    ) -> tuple[MDLMNoise, Any]:
+        """A pass over the noised rows, `kwargs` going to the model: the noise, and an output whose loss is a sum."""
         labels_BL = inputs["labels"]
 
         # 1. Noise: one time per row, one coin per token that may be masked.
-        noise = self.draw_noise(inputs, self.noise_seed)
+        noise = self.draw_noise(inputs, seed)
 
         # 2. What the cross-entropy of a masked token counts.
         weight_B = noise.elbo_weight_B if self.args.loss_weighting == "elbo" else torch.ones_like(noise.elbo_weight_B)
@@ -162,8 +159,22 @@ class MDLMTrainer(A2DTrainer):
             labels=labels_BL.masked_fill(~noise.masked_BL, -100),
             loss_weights=by_token(weight_B, inputs.get("document_ids")).expand(labels_BL.shape),
             **packing_kwargs(inputs),
-            **self.forward_kwargs(),
+            **kwargs,
         )
+        return noise, outputs
+
+    def objective_sum(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+        return self.predict_masked(model, inputs, seed)[1].loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        # 1-3. Noise, weights, and a prediction of what is hidden.
+        noise, outputs = self.predict_masked(model, inputs, self.noise_seed, **self.forward_kwargs())
 
         # 4. The mean over the global batch: the count covers accumulated batches and all processes.
         items = self.count_items(inputs, self.noise_seed)
@@ -174,6 +185,7 @@ class MDLMTrainer(A2DTrainer):
         loss = total / divisor
         if num_items_in_batch is not None:
             loss = self.scale_for_processes(loss)
+        loss = loss + self.replay_loss(model, inputs, num_items_in_batch)
 
         # 5. What it was made of.
         self._update_metrics(inputs, noise, outputs, total, items)

@@ -19,8 +19,7 @@ from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
 from a2d_hf.modeling.parent_models import has_recurrence
 
 from .block_ends import BlockEnds
-from .diffusion_noise import epoch_order
-from .epoch_order import EOSTail, EpochOrder, StreamOrder
+from .epoch_order import ORDERS_KEPT, EOSTail, EpochOrder, StreamOrder
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -103,35 +102,35 @@ class PackedEpochOrder(EpochOrder):
         self._rows = torch.tensor([row for pack in packs for row in pack], dtype=torch.int64)
         self._counts = torch.tensor([len(pack) for pack in packs], dtype=torch.int64)
         self._firsts = self._counts.cumsum(0) - self._counts
-        self._places: tuple[int, torch.Tensor] | None = None
+        self._places: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._counts)
 
-    def current_order(self) -> tuple[int, torch.Tensor | None]:
-        epoch = int(self._epoch)
-        if self._order is None or self._order[0] != epoch:
-            order = epoch_order(self.seed, epoch, len(self)) if self.shuffle else torch.arange(len(self))
-            self._order = (epoch, order)
-            # Where the first row of each pack stands among all rows of the epoch.
-            counts = self._counts[order]
-            self._places = (epoch, counts.cumsum(0) - counts)
-        return self._order
+    def places_of(self, epoch: int) -> torch.Tensor:
+        """Where the first row of the pack at each place stands among all rows of an epoch."""
+        if epoch not in self._places:
+            order = self.order_of(epoch)
+            counts = self._counts if order is None else self._counts[order]
+            self._places[epoch] = counts.cumsum(0) - counts
+            while len(self._places) > ORDERS_KEPT:
+                del self._places[next(iter(self._places))]
+        return self._places[epoch]
 
-    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
-        epoch, order = self.current_order()
-        wanted, numbers = [], []
-        for place in places:
+    def items_at(self, wanted: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        rows, numbers = [], []
+        for epoch, place in wanted:
             if place < len(self):
-                pack = int(order[place])
+                order = self.order_of(epoch)
+                pack = place if order is None else int(order[place])
                 first, count = int(self._firsts[pack]), int(self._counts[pack])
-                wanted += [(epoch, index) for index in self._rows[first : first + count].tolist()]
-                start = int(self._places[1][place])
+                rows += [(epoch, index) for index in self._rows[first : first + count].tolist()]
+                start = int(self.places_of(epoch)[place])
                 numbers.append(range(start, start + count))
             else:
                 numbers.append(range(place, place + 1))
-        found, packs = iter(self.rows_at(wanted)), []
-        for place, range_of_rows in zip(places, numbers, strict=True):
+        found, packs = iter(self.rows_at(rows)), []
+        for (epoch, place), range_of_rows in zip(wanted, numbers, strict=True):
             blank = place >= len(self)
             packs.append(
                 {

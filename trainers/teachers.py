@@ -68,6 +68,28 @@ class AdaptersOff(Teacher):
             self.model.train(training)
 
 
+# What PEFT takes out of the base to start an adapter with: without the adapter the parent is not there any more.
+_MOVES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def _refuse_moved_base(model: PeftModel) -> None:
+    """Raises `ValueError` where a model is not its parent again when its adapter is switched off."""
+    config = model.active_peft_config
+    if config.peft_type.value != "LORA":
+        return
+    if config.bias != "none":
+        raise ValueError(
+            '`teacher="adapters_off"` needs an adapter that can be switched off, and `bias='
+            f'"{config.bias}"` of this one trains the base: use `bias="none"`.'
+        )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(_MOVES_BASE):
+        raise ValueError(
+            f'A teacher is the parent, and `init_lora_weights="{config.init_lora_weights}"` has moved a part of its '
+            "weights into the adapter: with the adapter off it is not there. Use `init_lora_weights=True`, or "
+            "`teacher_logits_cache` or `anchor_cache`, which need no teacher."
+        )
+
+
 def make_teacher(model: PreTrainedModel | PeftModel, kind: str | None) -> Teacher:
     """
     The teacher of a model that is about to be trained.
@@ -77,22 +99,19 @@ def make_teacher(model: PreTrainedModel | PeftModel, kind: str | None) -> Teache
         kind (`str`, *optional*): `frozen_copy` or `adapters_off`; `None` for the latter where there is an adapter.
 
     Raises:
-        ValueError: no adapter to switch off, or one whose frozen copy would contain it.
+        ValueError: no adapter to switch off, or one whose base is not the parent (trained biases, PiSSA and the like).
     """
     if kind is None:
         kind = "adapters_off" if is_peft_model(model) else "frozen_copy"
     if kind == "adapters_off":
         if not is_peft_model(model):
             raise ValueError('`teacher="adapters_off"` needs a model with an adapter: pass `peft_config`.')
-        if model.active_peft_config.peft_type.value == "LORA" and model.active_peft_config.bias != "none":
-            raise ValueError(
-                '`teacher="adapters_off"` needs an adapter that can be switched off, and `bias='
-                f'"{model.active_peft_config.bias}"` of this one trains the base: use `bias="none"`.'
-            )
+        _refuse_moved_base(model)
         return AdaptersOff(model)
     if kind != "frozen_copy":
         raise ValueError(f"`teacher` must be 'frozen_copy' or 'adapters_off', not {kind!r}.")
     if is_peft_model(model):
+        _refuse_moved_base(model)
         # The adapter's layers sit inside the base: copy both, and switch the copy's off for good.
         return AdaptersOff(copy.deepcopy(model).eval().requires_grad_(False))
     return FrozenCopy.of(model)

@@ -131,6 +131,36 @@ def test_blocks_and_the_doubled_sequence_weigh_by_distance(family):
 
 
 @every_family
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_the_doubled_sequence_is_one_pass_per_block(family, token_shift):
+    """Each noisy block alone behind its clean text, where columns are positions: the same logits, in every layer."""
+    model, clean, noisy = convert(family, token_shift=token_shift), ids(2), ids(2)
+    noisy[:, ::3] = MASK_ID
+    with torch.no_grad():
+        twice = model(torch.cat([noisy, clean], 1), attention_pattern=AttentionPattern.bd3lm(BLOCK)).logits
+        for start in range(0, LENGTH, BLOCK):
+            here = slice(start, start + BLOCK)
+            alone = model(
+                torch.cat([clean[:, :start], noisy[:, here]], 1),
+                attention_pattern=AttentionPattern.block_causal(BLOCK),
+            ).logits
+            torch.testing.assert_close(twice[:, here], alone[:, here], atol=2e-5, rtol=1e-4)
+
+
+@every_family
+def test_a_causal_clean_copy_weighs_by_distance(family):
+    model, position = convert(family, 1), torch.arange(LENGTH)
+    block, clean = (position // BLOCK).repeat(2), torch.arange(2 * LENGTH) >= LENGTH
+    pattern = AttentionPattern.bd3lm(BLOCK, clean_context="causal")
+    found = attention_weights(model, ids(1, 2 * LENGTH), attention_pattern=pattern)
+    twice = position.repeat(2)
+    visible = ~clean[:, None] & ~clean[None, :] & (block[:, None] == block[None, :])
+    visible |= ~clean[:, None] & clean[None, :] & (block[None, :] < block[:, None])
+    visible |= clean[:, None] & clean[None, :] & (twice[None, :] <= twice[:, None])
+    torch.testing.assert_close(found[0], by_hand(family, 4, twice, visible), atol=1e-6, rtol=0)
+
+
+@every_family
 def test_documents_weigh_by_the_distance_inside_them(family):
     document = torch.tensor([0] * 10 + [1] * (LENGTH - 10))
     found = attention_weights(convert(family, 1), ids(), document_ids=document[None])

@@ -284,3 +284,14 @@ def test_a_checkpoint_without_a_causal_mode_is_told(caplog, monkeypatch):
 def test_it_is_saved_with_the_model(tmp_path):
     A2DGenerationConfig(self_speculation="causal").save_pretrained(tmp_path)
     assert A2DGenerationConfig.from_pretrained(tmp_path).self_speculation == "causal"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"bias": "all"}, {"init_lora_weights": "olora"}], ids=lambda fields: next(iter(fields))
+)
+def test_an_adapter_that_moved_its_base_is_no_parent(changed):
+    model = A2DForMaskedDiffusion.from_causal_lm(tiny_model("llama"), mask_token_id=MASK, clean_context="causal")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=4, **changed)).eval()
+    with pytest.raises(ValueError, match=f"`{next(iter(changed))}=.*the parent is not there to verify"):
+        adapted.generate(**batch(3), self_speculation="parent", max_new_tokens=2)
+    assert adapted.generate(**batch(3), self_speculation="causal", max_new_tokens=2).shape == (1, 5)

@@ -223,6 +223,23 @@ def test_a_frozen_copy_does_not_follow_the_student(tmp_path):
     assert not torch.equal(before["parent.lm_head.weight"], run.model.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize("kind", [None, "adapters_off", "frozen_copy"])
+def test_an_adapter_that_moved_its_base_has_no_parent_under_it(kind, tmp_path):
+    """OLoRA takes a part of the weights out of the base; that the base has moved is looked at, not believed."""
+    moved = LoraConfig(init_lora_weights="olora", target_modules=["q_proj"], r=4)
+    with pytest.raises(ValueError, match='`init_lora_weights="olora"` has moved a part'):
+        trainer(tmp_path, teacher_kl_weight=1.0, teacher=kind, peft_config=moved)
+    run = trainer(tmp_path, peft_config=moved)
+    own = diffusion_model().backbone.model.layers[0].self_attn.q_proj.weight
+    assert (run.model.get_base_model().backbone.model.layers[0].self_attn.q_proj.weight - own).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["adapters_off", "frozen_copy"])
+def test_a_trained_bias_is_refused_under_a_teacher(kind, tmp_path):
+    with pytest.raises(ValueError, match='`bias="lora_only"` of this one trains the base'):
+        trainer(tmp_path, teacher_kl_weight=1.0, teacher=kind, peft_config=LoraConfig(bias="lora_only"))
+
+
 def test_no_adapter_no_teacher_without_it(tmp_path):
     with pytest.raises(ValueError, match='`teacher="adapters_off"` needs a model with an adapter'):
         trainer(tmp_path, teacher_kl_weight=1.0, teacher="adapters_off")

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.trainers import BD3LMConfig, BD3LMTrainer
@@ -141,6 +142,27 @@ def test_with_token_shift_the_curriculum_starts_at_the_parent(tmp_path):
         total += torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum").item()
         count += int((labels != -100).sum())
     assert run.state.log_history[0]["nelbo"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.real_data
+def test_block_size_one_is_the_likelihood_of_a_real_parent(real_data, tmp_path):
+    """stories260K before the first step: the NELBO of its text is its own negative log-likelihood, token by token."""
+    folder = real_data / "models" / "stories260K"
+    stories = (real_data / "corpora" / "tinystories_train.txt").read_text(encoding="utf-8")[:4000].split("\n\n")
+    rows = datasets.Dataset.from_list([{"text": story} for story in stories if len(story) > 40])
+    args = BD3LMConfig(
+        output_dir=str(tmp_path), block_size=1, model_init_kwargs={"token_shift": True}, report_to="none",
+        max_length=128, insert_eos=False, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    run = BD3LMTrainer(str(folder), args, train_dataset=rows, eval_dataset=rows)
+    parent, total, count = AutoModelForCausalLM.from_pretrained(folder).eval(), 0.0, 0
+    for row in run.eval_dataset:
+        with torch.no_grad():
+            log_p = parent(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        total -= sum(float(log_p[i - 1, token]) for i, token in enumerate(row["input_ids"]) if i)
+        count += len(row["input_ids"]) - 1
+    assert count > 500
+    assert run.evaluate()["eval_nelbo"] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("views", [False, True])

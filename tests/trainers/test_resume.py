@@ -75,6 +75,20 @@ def test_the_same_run_twice_is_the_same_run(unbroken, tmp_path):
     assert_same(run, unbroken[1])
 
 
+def test_replay_needs_nothing_from_a_checkpoint(tmp_path):
+    """What comes back is a function of the place in the epochs' order, also behind the epoch of the resume."""
+    replay = {"replay_weight": 0.5, "replay_buffer_size": 17}
+    whole = build(tmp_path / "whole", **replay)
+    whole.train()
+    resumed = build(tmp_path / "resumed", **replay)
+    folder = tmp_path / "whole" / "run" / "checkpoint-4"
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_same(resumed, weights(whole.model))
+    other = build(tmp_path / "other", **replay | {"replay_buffer_size": 5})
+    with pytest.raises(ValueError, match="replay_buffer_size 5"):
+        other.train(resume_from_checkpoint=str(folder))
+
+
 def test_kill_minus_nine_inside_a_checkpoint(unbroken, tmp_path):
     """The checkpoint being written is skipped, the one before it continued, and the end is the same."""
     killed = subprocess.run(
