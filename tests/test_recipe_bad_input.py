@@ -113,6 +113,6 @@ def test_out_of_memory_names_the_settings(start, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(start, tmp_path: Path):
     assert start([PAIR] * 8) == (0, [])
     code, told = start([PAIR] * 8, "--resume_from_checkpoint true --seed 7 --max_steps 6")
-    assert code == 2 and len(told) == 1 and "belongs to another run: seed 7 (was 42)" in told[0]
+    assert code == 2 and len(told) == 1 and "belongs to another run" in told[0] and "seed 7 (was 42)" in told[0]
     code, told = start([PAIR] * 8 + [PAIR | {"prompt": "other"}], "--resume_from_checkpoint true")
     assert code == 2 and len(told) == 1 and "belongs to another run" in told[0]
