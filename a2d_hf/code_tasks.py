@@ -169,9 +169,10 @@ def write_program(
             raise BadInput(f"This block-diffusion model does not see the text behind the gap of {problem.name}.")
     longest = model.config.max_position_embeddings
     if longest is not None and len(ids) + room + len(behind) > longest:
-        ids = ids[len(ids) + room + len(behind) - longest :]
-        if len(ids) < 1 or problem.given is not None:
-            raise BadInput(f"{problem.name} does not fit the model's context of {longest} tokens.")
+        raise BadInput(
+            f"{problem.name} takes {len(ids) + room + len(behind)} tokens with what is to be written, and the model's "
+            f"context holds {longest}: lower --max-new-tokens, or take a model with a longer one."
+        )
     row = torch.tensor([[*ids, *([model.config.mask_token_id] * room if behind else []), *behind]]).to(model.device)
     written = model.diffusion_generate(
         row,

@@ -179,6 +179,12 @@ def test_infilling_is_told_the_length_and_sees_what_stands_behind(checkpoint, tm
     assert ids[0, -len(after) :].tolist() == after
 
 
+def test_a_prompt_is_never_cut(checkpoint, tmp_path, capsys):
+    data = write_rows(tmp_path / "h.jsonl", [humaneval(0)])
+    assert call(checkpoint, data, tmp_path / "out", "--max-new-tokens", "128") == 2
+    assert "the model's context holds 128: lower --max-new-tokens" in capsys.readouterr().err
+
+
 def test_generations_refuse_what_others_wrote(tmp_path):
     kept = Generations(tmp_path / "g.jsonl", {"seed": 0})
     kept.add("a", ["x\u2028y"])
@@ -193,6 +199,7 @@ def test_generations_refuse_what_others_wrote(tmp_path):
         (["--samples", "0"], "--samples must be above 0"),
         (["--samples", "3"], "would all be the same: give --temperature"),
         (["--limit", "0"], "--limit must be above 0"),
+        (["--timeout", "0"], "--timeout must be above 0"),
         (["--data", "nowhere.jsonl"], "--data nowhere.jsonl cannot be read"),
     ],
 )
