@@ -51,7 +51,9 @@ def write_evaluation_page(path: Path, evaluation: "Evaluation", run: RunDirector
     report, manifest = evaluation.report, None if run is None else run.manifest
     sections = [Section("On text it has not seen", _likelihood(report))]
     if report["against"] is not None:
-        sections.append(Section(f"{report['model']} beside {report['against']['model']}", _against(report)))
+        sections.append(
+            Section(f"{report['model']} beside {report['against']['model']}", _against(report, evaluation.timings))
+        )
     sections.append(Section("Filling in blanks", _filling(report)))
     if report["tasks"]:
         sections.append(Section("Tasks", _tasks(report)))
@@ -141,7 +143,7 @@ def _likelihood(report: dict[str, Any]) -> Markup:
     return join(paragraphs(*notes), table(("", "nats per token ± standard error"), rows))
 
 
-def _against(report: dict[str, Any]) -> Markup:
+def _against(report: dict[str, Any], timings: dict[str, Any]) -> Markup:
     other = report["against"]
     names = (report["model"], other["model"])
     difference = other["difference"]
@@ -167,6 +169,16 @@ def _against(report: dict[str, Any]) -> Markup:
         known = None not in (ours["value"], theirs["value"])
         change = f"{theirs['value'] - ours['value']:+.3f}" if known else ""
         rows.append((f"{ours['task']}, {ours['metric']}", *cells, change))
+    if report["throughput"] is not None:
+        clocks = (timings["throughput"], timings["against"]["throughput"])
+        points = (report["throughput"]["points"], other["throughput"]["points"])
+        for number, point in enumerate(points[0]):
+            cells = [
+                f"{clock[number]['tokens_per_second']:,.0f} tokens/s"
+                + (f", {each[number]['parent_nll']:.2f} nats" if "parent_nll" in each[number] else "")
+                for clock, each in zip(clocks, points, strict=True)
+            ]
+            rows.append((f"{point['name']}: speed, parent's NLL", *cells, ""))
     if error is None or error == 0:
         words = f"{names[1]} is {abs(mean):.3f} nats per token {'below' if mean < 0 else 'above'} {names[0]}."
     else:

@@ -183,8 +183,10 @@ def test_against_another_run_the_difference_is_paired(call, run, made):
 
 
 def test_against_itself_the_difference_is_nothing(call, run):
-    assert call("eval", run, "--against", run, *QUICK)[0] == 0
+    assert call("eval", run, "--against", run, "--sweep", *QUICK)[0] == 0
     assert report_of(run)["against"]["difference"]["nats_per_token"] == 0
+    page, points = (run / "eval" / "report.html").read_text(), report_of(run)["throughput"]["points"]
+    assert page.count("tokens/s, ") == 2 * len(points)
 
 
 def test_against_a_model_with_another_tokenizer_is_refused(call, run, made, tmp_path):
