@@ -294,4 +294,3 @@ def test_an_adapter_that_moved_its_base_is_no_parent(changed):
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=4, **changed)).eval()
     with pytest.raises(ValueError, match=f"`{next(iter(changed))}=.*the parent is not there to verify"):
         adapted.generate(**batch(3), self_speculation="parent", max_new_tokens=2)
-    assert adapted.generate(**batch(3), self_speculation="causal", max_new_tokens=2).shape == (1, 5)

@@ -31,6 +31,7 @@ TWO_PROCESSES = {
     "4 rows each": {"per_device_train_batch_size": 4},
     "2 rows each, twice": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "masked": {"per_device_train_batch_size": 4, "loss_normalization": "masked"},
+    "tied": {"per_device_train_batch_size": 4, "family": "qwen3"},
     "replay": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "replay_weight": 0.5},
     "packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24},
     "bd3lm, packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24, "trainer": "bd3lm"},
