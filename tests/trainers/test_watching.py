@@ -104,6 +104,7 @@ def decoding_run(folder, callback=True, **fields):
     run = trainer(folder, diffusion_model("gpt2"), processing_class=tiny_tokenizer(), **DECODING | fields)
     if callback:
         told = {"every_n_steps": 2, "max_new_tokens": 8, "do_sample": True, "temperature": 1.0}
+        told["suppress_tokens"] = [tiny_tokenizer().eos_token_id]  # a model this small may end where it begins
         run.add_callback(DecodePromptsCallback(run, PROMPTS, **told))
     return run
 
