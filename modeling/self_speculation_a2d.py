@@ -162,7 +162,7 @@ class SelfSpeculation:
             stream.draft(drafted_BT)
             chosen_BT, tokens_BT, confidence_BT = self._verify(rows, scope_BT, drafted_BT, draft_NV)
             canvas.forwards_R[rows] += self.draft_steps  # `commit` counts the verifying one
-            canvas.commit(rows, chosen_BT, tokens_BT, confidence_BT, scope_BT)
+            canvas.commit(rows, chosen_BT, tokens_BT, confidence_BT)
             num_forwards += self.draft_steps + 1
             while criteria and columns_checked < canvas.settled_columns():
                 columns_checked += 1
