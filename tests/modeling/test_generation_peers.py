@@ -158,7 +158,9 @@ def test_the_attention_mask_is_not_ignored():
     assert torch.equal(*out)
     # Beside a longer row, what stands behind this one's end is padding as well.
     both = torch.tensor([[0, 0, 3, 4], [5, 6, 3, 4]])
-    together = model.diffusion_generate(both, attention_mask=torch.cat([mask, torch.ones_like(mask)]), max_new_tokens=6)
+    together = model.diffusion_generate(
+        both, attention_mask=torch.cat([mask, torch.ones_like(mask)]), max_new_tokens=6
+    )
     assert torch.equal(together[:1, 4:], out[0])
 
 
