@@ -108,6 +108,9 @@ def _at(values_BK: torch.Tensor, b: torch.Tensor, i: torch.Tensor) -> torch.Tens
 
 
 _IN_FORCE: ContextVar[PatternInForce | None] = ContextVar("a2d_pattern_in_force", default=None)
+# What a layer is marked with once it has run open. A copy of this file, loaded with a checkpoint, wraps the same
+# functions and must not take this one's marks for its own.
+_RAN_OPEN = f"_a2d_ran_open_in_{__name__}"
 _RECOMPUTING: ContextVar[bool] = ContextVar("a2d_recomputing", default=False)
 
 
@@ -236,8 +239,8 @@ def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
             # Only `everything_visible` leads here: without a mask the kernel must not fall back to its causal form.
             kwargs["is_causal"] = False
             if torch.is_grad_enabled() and module.training:
-                module._a2d_ran_open = True
-        elif attention_mask is None and not _RECOMPUTING.get() and "_a2d_ran_open" in module.__dict__:
+                setattr(module, _RAN_OPEN, True)
+        elif attention_mask is None and not _RECOMPUTING.get() and _RAN_OPEN in module.__dict__:
             if torch._C._current_graph_task_id() != -1:
                 raise RuntimeError(
                     "A layer was recomputed in backward after its attention pattern was gone, which would give wrong "

@@ -318,6 +318,7 @@ def test_two_copies_of_the_module_do_not_silence_each_other():
     sys.modules[spec.name] = copy
     try:
         spec.loader.exec_module(copy)
+        first.install()
         copy.install()
         backbone, x = tiny_model("llama"), ids()
         ones = torch.ones_like(x)
@@ -328,6 +329,10 @@ def test_two_copies_of_the_module_do_not_silence_each_other():
                 by_copy = backbone(x, attention_mask=ones).logits
             plain = backbone(x).logits
         assert torch.equal(by_first, by_copy) and not torch.equal(by_first, plain)
+        # Nor does one take a layer that the other recomputes for one whose pattern is gone.
+        model = A2DForMaskedDiffusion.from_causal_lm(backbone, mask_token_id=1).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(x, attention_mask=ones, labels=x).loss.backward()
     finally:
         del sys.modules[spec.name]
 
