@@ -145,6 +145,8 @@ class LastLayer:
     def __init__(self, parent: PreTrainedModel):
         # In a tuple, or torch would register the parent a second time wherever this object is an attribute.
         self._parent = (parent,)
+        # Adapters change what is inside a layer, never the layers: found once, not at every pass.
+        self._layers = tuple(layer for _, layer in decoder_layers(parent))
         self._checked = False
         self.layer: torch.nn.Module | None = None
         self.parts: tuple[torch.nn.Module, ...] = ()
@@ -174,8 +176,8 @@ class LastLayer:
     def _is_watched(self) -> bool:
         """Whether somebody's hook would see the zeros: on the last layer, inside it, or behind it."""
         (parent,) = self._parent
-        layers = decoder_layers(parent)
-        before = {module for _, layer in layers[:-1] for module in layer.modules()} | {parent.get_input_embeddings()}
+        before = {module for layer in self._layers[:-1] for module in layer.modules()}
+        before.add(parent.get_input_embeddings())
         return any(
             # transformers' own hooks record only where hidden states or the like are asked for
             hook.__module__ != "transformers.utils.output_capturing"
@@ -187,11 +189,11 @@ class LastLayer:
     def _look(self, probe: torch.Tensor, open_attention: Callable) -> None:
         """Finds the parts that may leave rows out, by measurement inside a real pass, and tries them in another."""
         (parent,) = self._parent
-        layers, head = decoder_layers(parent), parent.get_output_embeddings()
+        head = parent.get_output_embeddings()
         self._checked = True
-        if not layers:
+        if not self._layers:
             return
-        self.layer = layers[-1][1]
+        self.layer = self._layers[-1]
         inputs = {"input_ids" if probe.ndim == 2 else "inputs_embeds": probe}
         inputs["attention_mask"] = torch.ones(probe.shape[:2], dtype=torch.long, device=probe.device)
         read_L = torch.arange(PROBE_LENGTH, device=probe.device) % 2 == 1  # so each kind has the other on both sides
