@@ -19,18 +19,11 @@ Two CPU cores, a few steps, on a folder with your own .jsonl files (one {"messag
 LoRA: add `--use_peft`; QLoRA: `--use_peft --load_in_4bit` (needs the extra `quantization`).
 """
 
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from a2d_hf import RepAlignConfig, RepAlignTrainer
-from a2d_hf.data_mixture import load_training_data
 from a2d_hf.recipe_main import run_recipe
+from a2d_hf.recipe_training import recipe_parser, train_recipe
 
 
 def main(
@@ -39,28 +32,11 @@ def main(
     model_args: ModelConfig,
     dataset_args: DatasetMixtureConfig,
 ) -> None:
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-    data = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field)
-    trainer = RepAlignTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=data.train,
-        eval_dataset=data.test if training_args.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    train_recipe(RepAlignTrainer, script_args, training_args, model_args, dataset_args)
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((ScriptArguments, RepAlignConfig, ModelConfig, DatasetMixtureConfig))
+    return recipe_parser(RepAlignConfig)
 
 
 if __name__ == "__main__":

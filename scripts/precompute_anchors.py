@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 from a2d_hf import RepAlignConfig, RepAlignTrainer
 from a2d_hf.data_mixture import load_training_data
 from a2d_hf.recipe_main import run_recipe
+from a2d_hf.recipe_training import recipe_parser, set_model_init_kwargs
 from a2d_hf.trainers import precompute_anchors
 
 
@@ -42,11 +43,7 @@ def main(
     if folder is None:
         raise ValueError("`--anchor_cache` is missing: name the folder to write to.")
     training_args.align_weight = 0.0  # nothing is aligned here: no teacher is made
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
+    set_model_init_kwargs(training_args, model_args)
     dataset = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field).train
     if not isinstance(dataset, Dataset):
         raise ValueError("A stream has no end to precompute anchors of: set `dataset_streaming` to false.")
@@ -71,7 +68,7 @@ def main(
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((ScriptArguments, RepAlignConfig, ModelConfig, DatasetMixtureConfig, AnchorArguments))
+    return recipe_parser(RepAlignConfig, AnchorArguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from a2d_hf import MDLMConfig, MDLMTrainer
 from a2d_hf.data_mixture import load_training_data
 from a2d_hf.recipe_main import run_recipe
+from a2d_hf.recipe_training import recipe_parser, set_model_init_kwargs
 from a2d_hf.trainers import precompute_teacher_logits
 
 
@@ -51,11 +52,7 @@ def main(
 ) -> None:
     if training_args.folder is None:
         raise ValueError("`--teacher_logits_cache` is missing: name the folder to write to.")
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
+    set_model_init_kwargs(training_args, model_args)
     dataset = load_training_data(script_args, dataset_args, training_args.seed, training_args.dataset_text_field).train
     if not isinstance(dataset, Dataset):
         raise ValueError("A stream has no end to run a teacher over: set `dataset_streaming` to false.")
@@ -73,7 +70,7 @@ def main(
 
 
 def make_parser() -> TrlParser:
-    return TrlParser((ScriptArguments, PrecomputingConfig, ModelConfig, DatasetMixtureConfig, TeacherArguments))
+    return recipe_parser(PrecomputingConfig, TeacherArguments)
 
 
 if __name__ == "__main__":
