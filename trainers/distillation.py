@@ -14,16 +14,49 @@ from a2d_hf.modeling.masked_loss import CHUNK_LOGITS
 from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
 
 
+class _HeadGradients:
+    """Gradients of a weighted sum of divergences towards what goes into a head, its weight and its bias, in fp32."""
+
+    def __init__(self, ctx, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None):
+        needed = ctx.needs_input_grad[:3]
+        self.weight_VD = weight_VD
+        self.are_needed = any(needed)
+        self.hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needed[0] else None
+        self.of_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
+        self.of_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needed[2] else None
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+
+    def add(self, rows: slice, hidden_CD: torch.Tensor, grad_CV: torch.Tensor, slope_CV: torch.Tensor | None) -> None:
+        """Adds a chunk's part: `grad_CV` towards the scores, `slope_CV` those of the transform behind the head."""
+        if slope_CV is not None:
+            grad_CV *= slope_CV.float()
+        if self.hidden_ND is not None:
+            self.hidden_ND[rows] = grad_CV @ self.weight_VD.float()
+        if self.of_weight_VD is not None:
+            self.of_weight_VD.addmm_(grad_CV.T, hidden_CD.float())
+        if self.of_bias_V is not None:
+            self.of_bias_V += grad_CV.sum(dim=0)
+
+    def save(self, ctx) -> None:
+        """Hands them to [`_HeadGradients.scaled`], in the backward pass."""
+        ctx.save_for_backward(self.hidden_ND, self.of_weight_VD, self.of_bias_V)
+
+    @staticmethod
+    def scaled(ctx, grad_loss: torch.Tensor) -> list[torch.Tensor | None]:
+        """What was saved, times the gradient of the sum, each in the precision of what it belongs to."""
+        return [
+            None if saved is None else (saved * grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+
+
 class _LinearKL(torch.autograd.Function):
     """Weighted sum of KL(p ‖ q), p and q being the softmax of the two heads' scores."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, teacher_NE, teacher_head, weights_N, transform, teacher_transform):
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         kl_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        gradients = _HeadGradients(ctx, hidden_ND, weight_VD, bias_V)
         chunk_rows = max(1, CHUNK_LOGITS // (2 * weight_VD.shape[0]))  # two sets of logits at once
         for start in range(0, hidden_ND.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -34,30 +67,18 @@ class _LinearKL(torch.autograd.Function):
             log_q_CV = logits_CV.float().log_softmax(dim=-1)
             p_CV = log_p_CV.exp()
             kl_N[rows] = (p_CV * (log_p_CV - log_q_CV)).sum(dim=-1)
-            if not (needs_hidden or needs_weight or needs_bias):
+            if not gradients.are_needed:
                 continue
             # d(w * KL) / d logits = w * (q - p), then through the transform.
             grad_CV = (log_q_CV.exp() - p_CV) * weights_N[rows, None]
-            if slope_CV is not None:
-                grad_CV *= slope_CV.float()
-            if needs_hidden:
-                grad_hidden_ND[rows] = grad_CV @ weight_VD.float()
-            if needs_weight:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD.float())
-            if needs_bias:
-                grad_bias_V += grad_CV.sum(dim=0)
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+            gradients.add(rows, hidden_CD, grad_CV, slope_CV)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(kl_N)
         return (kl_N * weights_N).sum(), kl_N
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_kl):
-        gradients = [
-            None if saved is None else (saved * grad_loss).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*gradients, None, None, None, None, None)
+        return (*_HeadGradients.scaled(ctx, grad_loss), None, None, None, None, None)
 
 
 def linear_kl(
@@ -101,11 +122,8 @@ class _LinearTopKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, top_ids_NK, top_log_p_NK, rest_log_p_N, weights_N, transform):
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         kl_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        gradients = _HeadGradients(ctx, hidden_ND, weight_VD, bias_V)
         chunk_rows = max(1, CHUNK_LOGITS // (2 * weight_VD.shape[0]))
         for start in range(0, hidden_ND.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -118,29 +136,20 @@ class _LinearTopKL(torch.autograd.Function):
             has_rest_C = rest_p_C > 0
             kl_C = (p_CK * (log_p_CK - log_q_CV.gather(1, ids_CK))).sum(dim=-1)
             kl_N[rows] = kl_C + torch.where(has_rest_C, rest_p_C * (rest_log_p_C - rest_log_q_C), 0.0)
-            if not (needs_hidden or needs_weight or needs_bias):
+            if not gradients.are_needed:
                 continue
             # d(w * KL) / d logits: w (q - p) at the tokens kept, w q (1 - rest_p / rest_q) at all others.
             share_C = torch.where(has_rest_C, (rest_log_p_C - rest_log_q_C).exp(), 0.0)
             q_CV = log_q_CV.exp()
             grad_CV = (q_CV * (1.0 - share_C)[:, None]).scatter(1, ids_CK, q_CV.gather(1, ids_CK) - p_CK)
-            grad_CV *= weights_N[rows, None]
-            if slope_CV is not None:
-                grad_CV *= slope_CV.float()
-            if needs_hidden:
-                grad_hidden_ND[rows] = grad_CV @ weight_VD.float()
-            if needs_weight:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD.float())
-            if needs_bias:
-                grad_bias_V += grad_CV.sum(dim=0)
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+            gradients.add(rows, hidden_CD, grad_CV * weights_N[rows, None], slope_CV)
+        gradients.save(ctx)
         ctx.mark_non_differentiable(kl_N)
         return (kl_N * weights_N).sum(), kl_N
 
     @staticmethod
     def backward(ctx, grad_loss, _grad_kl):
-        return (*_LinearKL.backward(ctx, grad_loss, _grad_kl)[:3], None, None, None, None, None)
+        return (*_HeadGradients.scaled(ctx, grad_loss), None, None, None, None, None)
 
 
 def linear_top_kl(
