@@ -36,6 +36,10 @@ class BD3LMConfig(A2DTrainingConfig):
             Largest time of a block in training. By default 1, or 1 - `time_epsilon` with `complementary_views`. A
             clipped range lowers the variance of the loss (section 5.3 of the paper), which is then no longer the
             NELBO; evaluation always covers the full range.
+        mask_sampling (`str`, *optional*, defaults to `"bernoulli"`):
+            How the masked tokens of a block are drawn in training: `"bernoulli"` (a coin per token at the block's
+            time) or `"count"` (of n tokens k at random, k uniform on 1 to n, each counting n / k: the NELBO with the
+            time integrated out, at a lower variance). The latter has no times, so no schedule and no clipping.
         complementary_views (`bool`, *optional*, defaults to `False`):
             Whether every row is noised twice, the second time with exactly the tokens masked that the first one left,
             so that every token is trained at every step. Both share one clean copy. Linear schedule only.
@@ -76,6 +80,13 @@ class BD3LMConfig(A2DTrainingConfig):
         default=None,
         metadata={"help": "Largest time of a block. None: 1, or 1 - `time_epsilon` with `complementary_views`."},
     )
+    mask_sampling: str = field(
+        default="bernoulli",
+        metadata={
+            "help": "How the masked tokens of a block are drawn: 'bernoulli' (coins at its time) or 'count' (k of n).",
+            "choices": ["bernoulli", "count"],
+        },
+    )
     complementary_views: bool = field(
         default=False,
         metadata={"help": "Whether rows are noised twice, the second time with the other tokens masked."},
@@ -98,8 +109,19 @@ class BD3LMConfig(A2DTrainingConfig):
         self._check_curriculum()
 
     def _check_times(self) -> None:
+        longest = 1.0 - self.time_epsilon if self.complementary_views else 1.0
+        if self.mask_sampling not in ("bernoulli", "count"):
+            raise ValueError(f"`mask_sampling` must be 'bernoulli' or 'count', not {self.mask_sampling!r}.")
+        if self.mask_sampling == "count":
+            set_elsewhere = {
+                "noise_schedule": self.noise_schedule != "linear",
+                "time_epsilon": self.time_epsilon != BD3LMConfig.time_epsilon,
+                "time_maximum": self.time_maximum not in (None, longest),
+            }
+            for name in (name for name, is_set in set_elsewhere.items() if is_set):
+                raise ValueError(f"`{name}` is about times, and `mask_sampling='count'` has none: leave one out.")
         if self.time_maximum is None:
-            self.time_maximum = 1.0 - self.time_epsilon if self.complementary_views else 1.0
+            self.time_maximum = longest
         if not 0.0 < self.time_epsilon < self.time_maximum <= 1.0:
             raise ValueError(
                 f"`time_epsilon` {self.time_epsilon} and `time_maximum` {self.time_maximum} must satisfy "

@@ -14,20 +14,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from a2d_hf.modeling.attention_pattern import AttentionPattern
 from a2d_hf.modeling.configuration_a2d import A2DConfig
-from a2d_hf.modeling.token_layout import TokenLayout
 
 from .a2d_trainer import A2DTrainer
-from .batch_rows import by_token, in_text
+from .batch_rows import in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
-from .diffusion_noise import (
-    bernoulli_mask,
-    block_time,
-    elbo_weight,
-    mask_probability,
-    position_in_row,
-    truncation_factor,
-)
+from .block_noise import BlockRows, coin_tosses, counted_tokens, whole_blocks
 from .model_resolution import base_model
 from .row_tokenization import RowRules
 from .teachers import causal_targets
@@ -80,6 +72,9 @@ class BD3LMTrainer(A2DTrainer):
     per token where the times are not clipped. With two complementary views `[x_t ; x̄_t ; x_0]` it is
 
         L = (1/2N) Σ [m_i / t + (1 - m_i) / (1 - t)] CE_i.
+
+    With `mask_sampling="count"` k of the n tokens of a block are masked, k uniform on 1 to n, and count n / k each:
+    the same expectation with the time integrated out.
 
     A block of one token is always masked, with the weight 1: its expectation over t is the same, and nothing is left
     to chance. So block size 1 is the negative log-likelihood from left to right itself, and with `token_shift` that of
@@ -157,6 +152,7 @@ class BD3LMTrainer(A2DTrainer):
             "noise_schedule",
             "time_epsilon",
             "time_maximum",
+            "mask_sampling",
             "complementary_views",
             "fill_last_block",
         )
@@ -193,37 +189,23 @@ class BD3LMTrainer(A2DTrainer):
             [`BD3LMNoise`]
         """
         self.check_batch(inputs)
-        args, training, schedule = self.args, self.model.training, self.args.noise_schedule
-        block_size, maskable_BL = self.current_block_size(), inputs["labels"] != -100
-        minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
-
-        # 1. One time per block, one coin per token. A block of one token is always masked.
-        if block_size == 1:
-            time_BL = torch.ones(maskable_BL.shape, dtype=torch.float64)
-            masked_BL, weight_BL = maskable_BL, time_BL
+        args, training = self.args, self.model.training
+        rows, two_views = BlockRows(inputs, self.current_block_size()), args.complementary_views and training
+        if rows.block_size == 1:
+            views = whole_blocks(rows)
+        elif args.mask_sampling == "count" and training:
+            views = counted_tokens(rows, seed, two_views)
         else:
-            block_BL = block_numbers(inputs["attention_mask"], inputs.get("document_ids"), block_size)
-            documents_BL = inputs.get("document_ids")
-            epoch, place, row_id = (by_token(inputs[name], documents_BL) for name in ("epoch", "place", "row_id"))
-            time_BL = block_time(seed, epoch, place, block_BL, minimum, maximum)
-            position_BL = position_in_row(inputs["attention_mask"], documents_BL)
-            share_BL = mask_probability(time_BL, schedule)
-            masked_BL = bernoulli_mask(seed, epoch, row_id, position_BL, share_BL) & maskable_BL
-            weight_BL = elbo_weight(time_BL, schedule) * truncation_factor(minimum, schedule, maximum)
-
-        # 2. The second view has the other tokens masked, as at time 1 - t.
-        time, weight, masked = [time_BL], [weight_BL], [masked_BL]
-        if args.complementary_views and training and block_size > 1:
-            time.append(1.0 - time_BL)
-            weight.append(1.0 / (1.0 - time_BL))
-            masked.append(maskable_BL & ~masked_BL)
-        masked_BWL = torch.stack(masked, dim=1)
+            minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
+            views = coin_tosses(rows, seed, args.noise_schedule, minimum, maximum, two_views)
         return BD3LMNoise(
-            block_size=block_size,
-            time_BWL=torch.stack(time, dim=1),
-            elbo_weight_BWL=torch.stack(weight, dim=1).float().to(masked_BWL.device),
-            masked_BWL=masked_BWL,
-            noised_ids_BWL=inputs["input_ids"][:, None].masked_fill(masked_BWL, self.diffusion_config.mask_token_id),
+            block_size=rows.block_size,
+            time_BWL=views.time_BWL,
+            elbo_weight_BWL=views.weight_BWL.float().to(views.masked_BWL.device),
+            masked_BWL=views.masked_BWL,
+            noised_ids_BWL=inputs["input_ids"][:, None].masked_fill(
+                views.masked_BWL, self.diffusion_config.mask_token_id
+            ),
         )
 
     # -------------------------------------------------------------------------------------------------------- the loss
@@ -357,31 +339,6 @@ class BD3LMTrainer(A2DTrainer):
         wanted_BL = torch.ones(shape_BL, dtype=torch.bool, device=inputs["labels"].device)
         wanted_BC = torch.cat([wanted_BL, ~wanted_BL], dim=1)
         return model(**self.doubled_input(inputs, noise), logits_mask=wanted_BC).logits.view(*shape_BL, -1)
-
-
-def block_numbers(
-    attention_mask_BL: torch.Tensor, document_ids_BL: torch.Tensor | None, block_size: int
-) -> torch.Tensor:
-    """
-    Which block of its row, or of its document where rows are packed, each token stands in: as the model itself counts
-    them.
-
-    Args:
-        attention_mask_BL (`torch.Tensor` of shape `(B, L)`): 1 for text, 0 for padding, on either side.
-        document_ids_BL (`torch.Tensor` of shape `(B, L)`, *optional*): documents of packed rows.
-        block_size (`int`): tokens per block.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, L)`.
-    """
-    shape, device = attention_mask_BL.shape, attention_mask_BL.device
-    layout = TokenLayout.of(
-        AttentionPattern.block_causal(block_size), shape, device, attention_mask_BL, document_ids=document_ids_BL
-    )
-    position_BL = layout.position_BL
-    if position_BL is None:
-        position_BL = torch.arange(shape[1], device=device).expand(shape)
-    return position_BL.clamp(min=0) // block_size
 
 
 def _own_config(model: str | PreTrainedModel | PeftModel, args: BD3LMConfig) -> A2DConfig | None:

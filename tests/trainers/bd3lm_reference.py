@@ -47,6 +47,17 @@ def token_losses(model, clean, hidden, start, block_size, clean_context="block",
     return {i: -logits[read[i]].log_softmax(-1)[clean[i]] for i in hidden}
 
 
+def counted_views(seed, epoch, row, place, block, targets, complementary):
+    """Of n targets the k with the lowest bits, k by the block's fraction of 1 to n (of 0 to n for two views)."""
+    n, lowest = len(targets), 0 if complementary else 1
+    k = lowest + int(time(seed, epoch, place, block, 0.0, 1.0) * (n + 1 - lowest))
+    by_bits = sorted(targets, key=lambda i: reference_noise.bits(reference_noise.TOKEN_MASK, seed, epoch, row, i))
+    hidden, others = sorted(by_bits[:k]), sorted(by_bits[k:])
+    if not complementary:
+        return [(hidden, n / k)]
+    return [(set_, (n + 1) / len(set_)) for set_ in (hidden, others) if set_]
+
+
 def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary=False):
     """The loss of a batch in training; packed rows have `document_ids`, the number of each in the batch."""
     config, seed = run.diffusion_config, run.args.seed
@@ -66,10 +77,12 @@ def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary
                 views = [(hidden, reference_noise.weight(t, schedule, minimum))]
                 if complementary:
                     views.append(([i for i in targets if i not in hidden], 1 / (1 - t)))
+                if run.args.mask_sampling == "count":
+                    views = counted_views(seed, epoch, row, place, block, targets, complementary) if targets else []
                 for positions, weight in views:
                     found = token_losses(
                         run.model, ids, positions, start, size, config.clean_context, config.token_shift
                     )
-                    total = total + weight / len(views) * sum(found.values())
+                    total = total + weight / (1 + complementary) * sum(found.values())
                 items = items + len(targets)
     return total / items

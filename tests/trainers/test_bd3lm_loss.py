@@ -22,8 +22,10 @@ from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, firs
         {"noise_schedule": "cosine"},
         {"time_epsilon": 0.3, "time_maximum": 0.8},
         {"complementary_views": True, "time_epsilon": 0.05},
+        {"mask_sampling": "count"},
+        {"mask_sampling": "count", "complementary_views": True},
     ],
-    ids=["linear", "cosine", "clipped", "complementary"],
+    ids=["linear", "cosine", "clipped", "complementary", "count", "count-complementary"],
 )
 def test_loss_and_gradients_equal_brute_force(noise, clean_context, token_shift, tmp_path):
     run = bd3lm_trainer(
@@ -48,8 +50,9 @@ def test_loss_and_gradients_equal_brute_force(noise, clean_context, token_shift,
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
-def test_left_padding_gives_the_same_loss(tmp_path):
-    run = bd3lm_trainer(tmp_path, per_device_train_batch_size=8)
+@pytest.mark.parametrize("mask_sampling", ["bernoulli", "count"])
+def test_left_padding_gives_the_same_loss(mask_sampling, tmp_path):
+    run = bd3lm_trainer(tmp_path, per_device_train_batch_size=8, mask_sampling=mask_sampling)
     run.model.train()
     batch = first_batch(run)
     left = dict(batch)
@@ -63,10 +66,11 @@ def test_left_padding_gives_the_same_loss(tmp_path):
     )
 
 
+@pytest.mark.parametrize("mask_sampling", ["bernoulli", "count"])
 @pytest.mark.parametrize("token_shift", [False, True])
-def test_packed_documents_see_only_themselves(token_shift, tmp_path):
+def test_packed_documents_see_only_themselves(token_shift, mask_sampling, tmp_path):
     """Rows of 7, 3 and 6 tokens in one sequence: blocks and noise start anew in each, and no edge crosses."""
-    run = bd3lm_trainer(tmp_path, token_shift=token_shift)
+    run = bd3lm_trainer(tmp_path, token_shift=token_shift, mask_sampling=mask_sampling)
     run.model.train()
     lengths, ids = (7, 3, 6), torch.randint(3, 110, (16,))
     labels, documents = ids.clone(), torch.cat([torch.full((n,), d) for d, n in enumerate(lengths)])
@@ -145,8 +149,10 @@ def test_a_block_of_one_token_has_the_expectation_of_the_sampled_one(tmp_path):
         {"time_epsilon": 0.3, "time_maximum": 0.8},
         {"noise_schedule": "cosine", "time_epsilon": 0.3, "time_maximum": 0.8},
         {"complementary_views": True},
+        {"mask_sampling": "count"},
+        {"mask_sampling": "count", "complementary_views": True},
     ],
-    ids=["linear", "cosine", "clipped", "clipped-cosine", "complementary"],
+    ids=["linear", "cosine", "clipped", "clipped-cosine", "complementary", "count", "count-complementary"],
 )
 def test_constant_cross_entropy_has_loss_one(fields, tmp_path):
     model = diffusion_model(objective="bd3lm", block_size=6)
@@ -157,6 +163,30 @@ def test_constant_cross_entropy_has_loss_one(fields, tmp_path):
     run.model.train()
     losses = torch.stack([run.compute_loss(run.model, batch).detach() for batch in run.get_train_dataloader()])
     assert losses.mean().item() / math.log(128) == pytest.approx(1.0, abs=0.025)
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_counted_tokens_have_the_nelbo_for_their_expectation_at_a_lower_variance(complementary, tmp_path):
+    """Over 6,000 copies of a row, of which each is a draw of its own."""
+    model = diffusion_model(objective="bd3lm", block_size=4, seed=7)
+    rows = datasets.Dataset.from_list([{"input_ids": [9, 5, 30, 77, 41, 18, 64]}] * 6000)
+    mean, spread = {}, {}
+    for sampling in ("bernoulli", "count"):
+        fields = {"mask_sampling": sampling, "complementary_views": complementary}
+        run = bd3lm_trainer(tmp_path, model, rows, block_size=4, per_device_train_batch_size=6000, **fields)
+        run.model.train()
+        batch = first_batch(run)
+        outputs, noise = (
+            run.compute_loss(run.model, batch, return_outputs=True)[1],
+            run.draw_noise(batch, run.args.seed),
+        )
+        row_X = noise.masked_BWL.nonzero()[:, 0]
+        weighted_X = outputs.token_nll * noise.elbo_weight_BWL[noise.masked_BWL] / noise.views
+        loss_B = torch.zeros(6000).index_add(0, row_X, weighted_X.detach()) / 7
+        mean[sampling], spread[sampling] = loss_B.mean().item(), loss_B.std().item()
+    error = math.hypot(*spread.values()) / math.sqrt(6000)
+    assert abs(mean["count"] - mean["bernoulli"]) < 4 * error
+    assert spread["count"] < 0.8 * spread["bernoulli"]
 
 
 def test_nelbo_equals_exact_enumeration(tmp_path):
@@ -197,8 +227,10 @@ def test_a_noisy_block_learns_nothing_of_its_own_clean_text(tmp_path):
     assert moved.tolist() == [False] * 8 + [True] * 4
 
 
-def test_a_rows_noise_does_not_depend_on_its_batch(tmp_path):
-    run = bd3lm_trainer(tmp_path, per_device_train_batch_size=8)
+@pytest.mark.parametrize("mask_sampling", ["bernoulli", "count"])
+def test_a_rows_noise_does_not_depend_on_its_batch(mask_sampling, tmp_path):
+    run = bd3lm_trainer(tmp_path, per_device_train_batch_size=8, mask_sampling=mask_sampling)
+    run.model.train()
     batch = first_batch(run)
     together = run.draw_noise(batch, seed=5)
     for b in range(8):

@@ -73,6 +73,7 @@ CASES = {
     "bd3lm, shifted": ("bd3lm", {"token_shift": True}),
     "bd3lm, EOS ends": ("bd3lm", {"tokenizer": tiny_tokenizer()}),
     "bd3lm, two views": ("bd3lm", {"complementary_views": True, "time_epsilon": 0.05}),
+    "bd3lm, counted": ("bd3lm", {"mask_sampling": "count"}),
     "repalign": ("repalign", {}),
     "repalign, all": ("repalign", {"align_positions": "all", "token_shift": True}),
     "repalign, unmasked": ("repalign", {"align_positions": "unmasked", "align_token_share": 0.5}),
