@@ -13,11 +13,12 @@ blocks before it for BD3LM. Both bound the NLL of the same text, which is what m
 import argparse
 import json
 import math
-import platform
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,39 +53,44 @@ class Arm:
     lora: bool = False
 
 
+# Tried on the first seed, by objective. A block's model starts near its parent and wants smaller steps.
+LEARNING_RATES = {MDLM: (1e-3, 2e-3, 4e-3), REPALIGN: (1e-3, 2e-3, 4e-3), BD3LM: (2.5e-4, 5e-4, 1e-3)}
 CAUSAL = {"clean_context": "causal"}
+FOUR, COUNTED = {"block_size": 4}, {"block_size": 4, "mask_sampling": "count"}
 ARMS = (
     Arm("MDLM", MDLM),
     Arm("MDLM, shift", MDLM, True),
     Arm("MDLM, shift, annealed", MDLM, True, anneal=0.5),
     Arm("MDLM, shift, RepAlign 1", REPALIGN, True, config={"align_weight": 1.0}),
     Arm("MDLM, shift, AR loss 0.3", MDLM, True, config={"ar_loss_weight": 0.3}),
-    Arm("MDLM, shift, teacher KL 0.5", MDLM, True, config={"teacher_kl_weight": 0.5}),
+    Arm("MDLM, shift, teacher KL 1", MDLM, True, config={"teacher_kl_weight": 1.0}),
+    Arm("MDLM, shift, uniform weights", MDLM, True, config={"loss_weighting": "uniform"}),
     Arm("MDLM, shift, LoRA 16", MDLM, True, lora=True),
     Arm("BD3LM 16, shift", BD3LM, True, CAUSAL, {"block_size": 16}),
-    Arm("BD3LM 4", BD3LM, False, CAUSAL, {"block_size": 4}),
-    Arm("BD3LM 4, shift", BD3LM, True, CAUSAL, {"block_size": 4}),
-    Arm("BD3LM 4, shift, block-open context", BD3LM, True, {"clean_context": "block"}, {"block_size": 4}),
-    Arm("BD3LM 4, shift, two views", BD3LM, True, CAUSAL, {"block_size": 4, "complementary_views": True}),
-    Arm("BD3LM 4, shift, AR loss 0.3", BD3LM, True, CAUSAL, {"block_size": 4, "ar_loss_weight": 0.3}),
-    Arm("BD3LM 4, shift, teacher KL 0.5", BD3LM, True, CAUSAL, {"block_size": 4, "teacher_kl_weight": 0.5}),
-    Arm("BD3LM 1 to 4, shift", BD3LM, True, CAUSAL, {"block_size": 4, "block_size_curriculum": [1, 2, 4]}),
+    Arm("BD3LM 4", BD3LM, False, CAUSAL, FOUR),
+    Arm("BD3LM 4, shift", BD3LM, True, CAUSAL, FOUR),
+    Arm("BD3LM 4, shift, block-open context", BD3LM, True, {"clean_context": "block"}, FOUR),
+    Arm("BD3LM 4, shift, 1 to 4", BD3LM, True, CAUSAL, FOUR | {"block_size_curriculum": [1, 2, 4]}),
+    Arm("BD3LM 4, shift, AR loss 0.3", BD3LM, True, CAUSAL, FOUR | {"ar_loss_weight": 0.3}),
+    Arm("BD3LM 4, shift, counted", BD3LM, True, CAUSAL, COUNTED),
+    Arm("BD3LM 4, shift, counted, two views", BD3LM, True, CAUSAL, COUNTED | {"complementary_views": True}),
+    Arm("BD3LM 4, shift, counted, teacher KL 1", BD3LM, True, CAUSAL, COUNTED | {"teacher_kl_weight": 1.0}),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run gets: `tokens` in rows of `max_length`, `batch_size` rows a step, measured `points` times."""
+    """What every run gets: `tokens`, in steps of `batch_size` rows of at most `max_length`, measured `points` times."""
 
     tokens: int
     max_length: int
     batch_size: int
     points: int
 
-    @property
-    def steps(self) -> int:
-        return max(self.points, math.ceil(self.tokens / (self.max_length * self.batch_size)))
+    def steps(self, tokens_per_step: float) -> int:
+        """Optimizer steps, a multiple of `points`."""
+        return self.points * max(1, math.ceil(self.tokens / tokens_per_step / self.points))
 
 
 def prepared_rows(args: argparse.Namespace, tokenizer: Any, token_shift: bool) -> tuple[Any, Any]:
@@ -141,22 +147,24 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
     trainer_class, config_class = kinds[arm.objective]
     tokenizer = AutoTokenizer.from_pretrained(args.source)
     train, held_out = prepared_rows(args, tokenizer, arm.token_shift)
+    tokens_per_step = budget.batch_size * statistics.mean(len(row["input_ids"]) for row in train)
+    steps = budget.steps(tokens_per_step)
     torch.manual_seed(seed)
     fields = {"objective": BD3LM if arm.objective == BD3LM else MDLM, "token_shift": arm.token_shift, **arm.model}
     if arm.objective == BD3LM:
         fields["block_size"] = arm.config["block_size"]
     model = A2DForMaskedDiffusion.from_pretrained(args.source, tokenizer=tokenizer, dtype=torch.float32, **fields)
-    anneal = {"attention_anneal_steps": round(arm.anneal * budget.steps)} if arm.anneal else {}
+    anneal = {"attention_anneal_steps": round(arm.anneal * steps)} if arm.anneal else {}
     curve: list[tuple[int, float]] = []
 
     class Measured(TrainerCallback):
         def on_evaluate(self, training, state, control, metrics, **kwargs):
-            curve.append((state.global_step * budget.max_length * budget.batch_size, metrics["eval_nelbo"]))
+            curve.append((round(state.global_step * tokens_per_step), metrics["eval_nelbo"]))
 
     with tempfile.TemporaryDirectory() as folder:
         config = config_class(
             output_dir=folder,
-            max_steps=budget.steps,
+            max_steps=steps,
             per_device_train_batch_size=budget.batch_size,
             per_device_eval_batch_size=budget.batch_size,
             learning_rate=learning_rate,
@@ -165,7 +173,7 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
             seed=seed,
             data_seed=seed,
             eval_strategy="steps",
-            eval_steps=max(1, budget.steps // budget.points),
+            eval_steps=steps // budget.points,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -190,9 +198,20 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-        if trainer.state.global_step * budget.max_length * budget.batch_size != curve[-1][0]:
-            trainer.evaluate()
     return {"curve": curve, "seconds": round(seconds, 1)}
+
+
+def measured(job: tuple[Arm, argparse.Namespace, Budget, float, int]) -> dict[str, Any]:
+    """[`one_run`] in a process of its own: one thread, no bars, and what is to be kept of it."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    arm, args, budget, learning_rate, seed = job
+    found = one_run(arm, args, budget, learning_rate, seed)
+    return {"arm": arm.name, "learning_rate": learning_rate, "seed": seed, **found}
 
 
 class Results:
@@ -301,63 +320,68 @@ def draw(rows: list[dict[str, Any]], parent: float, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def measure_all(args: argparse.Namespace, arms: list[Arm], budget: Budget, results: Results) -> None:
+    """
+    The first seed of every arm at every rate, then the other seeds at the best: an early stop leaves a whole table.
+    What is measured already is not measured again.
+    """
+    rates = {arm.name: args.learning_rates or LEARNING_RATES[arm.objective] for arm in arms}
+    first = [(arm, rate, args.seeds[0]) for arm in arms for rate in rates[arm.name]]
+    total, done = len(first) + len(arms) * (len(args.seeds) - 1), 0
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+
+        def measure(cells: list[tuple[Arm, float, int]]) -> None:
+            nonlocal done
+            missing = [cell for cell in cells if results.find(cell[0].name, *cell[1:]) is None]
+            done += len(cells) - len(missing)
+            futures = [pool.submit(measured, (arm, args, budget, rate, seed)) for arm, rate, seed in missing]
+            for future in as_completed(futures):
+                run = results.add(**future.result())
+                done += 1
+                arm, rate, seed, before = run["arm"], run["learning_rate"], run["seed"], run["curve"][0][1]
+                print(f"{done}/{total}  {arm}, {rate:g}, seed {seed}: {before:.3f} to {final(run):.3f}", flush=True)
+
+        measure(first)
+        best = {row["arm"]: row["learning_rate"] for row in summary(results, arms)}
+        measure([(arm, best[arm.name], seed) for seed in args.seeds[1:] for arm in arms])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="folder of an autoregressive checkpoint")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--tokens", type=int, default=524_288, help="trained for in every run")
+    parser.add_argument("--tokens", type=int, default=196_608, help="trained for in every run")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--held-out-tokens", type=int, default=8192)
     parser.add_argument("--points", type=int, default=4, help="measurements along a run")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="default: three by objective")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="default: all of them")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers are, and are kept")
     parser.add_argument("--figure", type=Path, help="SVG to draw (needs matplotlib)")
     parser.add_argument("--show", action="store_true", help="only table and figure of what is there")
     args = parser.parse_args()
 
-    import torch
-    import transformers
     from transformers import AutoTokenizer
-    from transformers.utils import logging
+
+    from a2d_hf.provenance import hardware, library_versions
 
     budget = Budget(args.tokens, args.max_length, args.batch_size, args.points)
     facts = {
         "source": Path(args.source).name,
         "data": Path(args.data).name,
         "budget": vars(budget) | {"held_out_tokens": args.held_out_tokens},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": platform.processor() or platform.machine(),
+        "versions": library_versions(),
+        "machine": hardware(),
         "parent_nll": parent_nll(args, AutoTokenizer.from_pretrained(args.source)),
     }
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     results = Results(args.json, facts)
     arms = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
-    # The first seed of every arm at every rate, then the other seeds at the best: an early stop leaves a whole table.
-    cells = [(arm, rate, args.seeds[0]) for arm in arms for rate in args.learning_rates]
-    total = len(cells) + len(arms) * (len(args.seeds) - 1)
-    done = 0
-
-    def measure(arm: Arm, rate: float, seed: int) -> None:
-        nonlocal done
-        done += 1
-        run = results.find(arm.name, rate, seed)
-        if run is None:
-            found = one_run(arm, args, budget, rate, seed)
-            run = results.add(arm=arm.name, learning_rate=rate, seed=seed, **found)
-        before = run["curve"][0][1]
-        print(f"{done}/{total}  {arm.name}, {rate:g}, seed {seed}: {before:.3f} to {final(run):.3f}", flush=True)
-
     if not args.show:
-        for cell in cells:
-            measure(*cell)
-        best = {row["arm"]: row["learning_rate"] for row in summary(results, arms)}
-        for seed in args.seeds[1:]:
-            for arm in arms:
-                measure(arm, best[arm.name], seed)
+        measure_all(args, arms, budget, results)
     rows = summary(results, arms)
     show(rows, facts["parent_nll"]["nats_per_token"])
     if args.figure is not None:
