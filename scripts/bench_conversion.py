@@ -81,7 +81,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run gets: `tokens`, in steps of `batch_size` rows of at most `max_length`, measured `points` times."""
+    """What every run gets: `tokens`, in steps of `batch_size` rows, measured `points` times."""
 
     tokens: int
     max_length: int
