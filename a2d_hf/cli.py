@@ -21,6 +21,7 @@ from .commands import (
     detect_command,
     eval_code_command,
     eval_command,
+    push_command,
     quickstart_command,
     resume_command,
     runs_command,
@@ -40,6 +41,7 @@ COMMANDS = (
     eval_command,
     runs_command,
     resume_command,
+    push_command,
     quickstart_command,
 )
 INTERRUPTED = 130

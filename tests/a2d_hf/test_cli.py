@@ -49,7 +49,7 @@ def error_sentence(err):
     return lines[0]
 
 
-COMMANDS = ("detect", "convert", "sample", "chat", "eval", "eval-code", "runs", "resume", "quickstart")
+COMMANDS = ("detect", "convert", "sample", "chat", "eval", "eval-code", "runs", "resume", "push", "quickstart")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

@@ -1,10 +1,13 @@
 """The model card says what the manifest says, and goes to the Hub with the checkpoint."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from a2d_hf.cli import main
 from a2d_hf.conversion import convert
 from a2d_hf.errors import BadInput
 from a2d_hf.model_card import model_card, push_checkpoint
@@ -106,6 +109,40 @@ def test_what_convert_did_not_write_is_not_pushed(make_checkpoint, monkeypatch):
     monkeypatch.setattr("a2d_hf.model_card.HfApi", Hub)
     with pytest.raises(BadInput, match="a2d_manifest.json"):
         push_checkpoint(make_checkpoint("llama"), "my-model")
+
+
+def test_push_from_the_command_line_takes_a_run(make_checkpoint, tmp_path, monkeypatch, capsys):
+    run = convert(make_checkpoint("llama"), tmp_path / "run")
+    monkeypatch.setattr("a2d_hf.model_card.HfApi", Hub)
+    capsys.readouterr()
+    assert main(["push", str(run.path), "my-model", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["model"] == str(run.model_path) and said["commit"] == "https://huggingface.co/user/my-model/commit/1"
+    assert Hub.last.calls[0] == ("create_repo", "my-model", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (LocalTokenNotFoundError("Token is required"), 2, "hf auth login"),
+        (OfflineModeIsEnabled("offline"), 2, "HF_HUB_OFFLINE"),
+        (HFValidationError("Repo id must not be empty\nmore"), 2, "REPO 'my-model' is no name of a repository"),
+        (HfHubHTTPError("forbidden", response=SimpleNamespace(status_code=403, headers={}, request=None)), 2, "write"),
+        (HfHubHTTPError("down", response=SimpleNamespace(status_code=502, headers={}, request=None)), 1, "status 502"),
+        (ConnectionError("no route to host"), 1, "could not be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(error, code, said, make_checkpoint, tmp_path, monkeypatch, capsys):
+    def refuse(self, repo_id, **kwargs):
+        raise error
+
+    run = convert(make_checkpoint("llama"), tmp_path / "run")
+    monkeypatch.setattr("a2d_hf.model_card.HfApi", Hub)
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    capsys.readouterr()
+    assert main(["push", str(run.path), "my-model"]) == code
+    printed = capsys.readouterr().err
+    assert said in printed and "Traceback" not in printed and printed.strip().count("\n") == 0
 
 
 def test_the_snippet_on_the_card_runs(make_checkpoint, tmp_path, capsys):
