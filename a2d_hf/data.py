@@ -8,7 +8,8 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_rows(
     Args:
         source (`str` or `Path`): the file or the name.
         argument (`str`, *optional*, defaults to `"--data"`): what the user calls it.
-        where (`dict[str, str]`, *optional*): columns and the value that a row must have there to be kept.
+        where (`dict[str, str]`, *optional*): columns and the value that a row must have there to be kept; a `*` in it
+            stands for any text.
         config (`str`, *optional*): configuration of a Hub data set.
 
     Returns:
@@ -197,11 +199,17 @@ def _filtered(rows: list[tuple[str, Any]], name: str, argument: str, where: dict
         if column not in rows[0][1]:
             found = ", ".join(sorted(map(str, rows[0][1])))
             raise BadInput(f"{argument} {name} has no column {column} (it has {found}).")
-        rows = [(place, row) for place, row in rows if isinstance(row, dict) and str(row.get(column)) == value]
+        rows = [(place, row) for place, row in rows if isinstance(row, dict) and has_value(row, column, value)]
     if not rows:
         wanted = " and ".join(f"{column} = {value}" for column, value in where.items())
         raise BadInput(f"{argument} {name} has no row with {wanted}: nothing is left.")
     return rows
+
+
+def has_value(row: Mapping[str, Any], column: str, value: str) -> bool:
+    """Whether a row has `value` in `column`; a `*` in the value stands for any text."""
+    pattern = ".*".join(map(re.escape, value.split("*")))
+    return re.fullmatch(pattern, str(row.get(column)), re.DOTALL) is not None
 
 
 def _has_content(value: Any) -> bool:

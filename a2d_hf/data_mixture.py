@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import ALIASES, FORMS, HINT, KEPT, SUFFIXES
+from .data import ALIASES, FORMS, HINT, KEPT, SUFFIXES, has_value
 from .errors import BadInput
 
 
@@ -35,7 +35,7 @@ class Part:
         split (`str`, *optional*, defaults to `"train"`): which split to train on.
         weight (`float`, *optional*): share of the mixture; all parts have one, or none has.
         train, test (`int`, *optional*): most rows to train on, and rows to set aside for evaluation.
-        where (`dict[str, str]`): columns and the value that a row must have there.
+        where (`dict[str, str]`): columns and the value that a row must have there; a `*` in it stands for any text.
         columns (`list[str]`, *optional*): columns to keep.
     """
 
@@ -62,8 +62,9 @@ def parse_mixture(text: str, argument: str = "--dataset_name") -> list[Part]:
     Reads the compact form: data sets joined by `+`, each with options in brackets, `key:value` joined by commas.
 
     `name` is the configuration on the Hub, `split` which split, `weight` the share of the mixture, `train` and `test`
-    numbers of rows; any other key is a column, and only rows that have the value there are kept. A `+` or a bracket in
-    the name of a file that exists is part of its name.
+    numbers of rows; any other key is a column, and only rows that have the value there are kept: `lang:python` where
+    it is all of the text, `output:*python*` where it is part of it. A `+` or a bracket in the name of a file that
+    exists is part of its name.
 
     Args:
         text (`str`): for example `allenai/tulu-3-sft-mixture + opc/stage1[lang:python,train:10_000]`.
@@ -222,7 +223,7 @@ def _in_form(part: Part, dataset: Any, text_field: str) -> Any:
     for column, value in part.where.items():
         if column not in columns:
             raise BadInput(f"{part.path} has no column {column} (it has {', '.join(columns)}).")
-        dataset = dataset.filter(_has_value, fn_kwargs={"column": column, "value": value})
+        dataset = dataset.filter(has_value, fn_kwargs={"column": column, "value": value})
     if part.columns is not None:
         dataset = dataset.select_columns(part.columns)
         columns = part.columns
@@ -235,10 +236,6 @@ def _in_form(part: Part, dataset: Any, text_field: str) -> Any:
         renamed = {"prompt": form[0], "completion": form[1], "extra": "input" if form[0] == "instruction" else None}
         return dataset.map(_paired, fn_kwargs=renamed, remove_columns=[c for c in columns if c not in KEPT])
     return dataset.select_columns([column for column in columns if column in {*form, *KEPT}])
-
-
-def _has_value(row: dict[str, Any], column: str, value: str) -> bool:
-    return str(row[column]) == value
 
 
 def _paired(row: dict[str, Any], prompt: str, completion: str, extra: str | None) -> dict[str, Any]:

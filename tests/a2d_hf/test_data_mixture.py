@@ -9,6 +9,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from a2d_hf.data_mixture import Part, load_training_data, parse_mixture
+from a2d_hf.data_reading import read_data
 from a2d_hf.errors import BadInput
 
 
@@ -72,6 +73,35 @@ def test_rows_are_filtered_counted_and_set_aside(write, streaming: bool):
     texts = [row["text"] for row in train + test]
     assert len(set(texts)) == 7 and set(texts) <= {row["text"] for row in rows if row["lang"] == "python"}
     assert all(set(row) == {"text"} for row in train + test)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_star_in_the_value_stands_for_any_text(write, streaming: bool):
+    answers = ["```python\nx\n```", "python", "```c\nx\n```", "Python", "a.b", "axb"]
+    path = write("a.jsonl", [{"instruction": "do", "output": answer} for answer in answers])
+
+    def kept(option: str) -> list[str]:
+        return [row["completion"] for row in load(f"{path}[{option}]", streaming).train]
+
+    assert kept("output:*python*") == answers[:2]
+    assert kept("output:python") == ["python"]
+    assert kept("output:*.*") == ["a.b"], "nothing but the star is special"
+    assert read_data(f"{path}[output:*python*]").rows == [
+        {"prompt": "do", "completion": answer} for answer in answers[:2]
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_and_the_text_of_the_answer_are_a_prompt_and_its_completion(write, streaming: bool):
+    """The form of nvidia/Llama-Nemotron-Post-Training-Dataset."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    facts = {"category": "math", "reasoning": "on", "used_in_training": ["Ultra"], "system_prompt": "think"}
+    path = write("a.jsonl", [{"input": turns, "output": "d", **facts}])
+    expected = {"prompt": turns, "completion": [{"role": "assistant", "content": "d"}]}
+    assert list(load(str(path), streaming).train) == [expected]
+    assert read_data(str(path)).rows == [expected]
+    chats = write("b.jsonl", [{"messages": turns[:2]}])
+    assert {"messages": [*turns, {"role": "assistant", "content": "d"}]} in load(f"{path}+{chats}", streaming).train
 
 
 @pytest.mark.parametrize("streaming", [False, True])
