@@ -239,6 +239,9 @@ def _in_form(part: Part, dataset: Any, text_field: str) -> Any:
 
 
 def _paired(row: dict[str, Any], prompt: str, completion: str, extra: str | None) -> dict[str, Any]:
+    for column in (prompt, completion):
+        if row[column] is None:
+            raise BadInput(f"A row has nothing in its column {column!r}: leave such rows out of the data set.")
     material = f"\n\n{row[extra]}" if extra and row.get(extra) else ""
     if isinstance(row[prompt], list) and isinstance(row[completion], str):  # turns, and the text of the last one
         return {"prompt": row[prompt], "completion": [{"role": "assistant", "content": row[completion]}]}

@@ -114,6 +114,13 @@ def test_weights_decide_where_rows_come_from_and_none_comes_twice(write, streami
     assert max(Counter(text[0] for text in texts).values()) == 400, "it ends where one source is used up"
 
 
+@pytest.mark.parametrize("column", ["instruction", "output"])
+def test_an_empty_cell_is_named(column, write):
+    rows = [{"instruction": "add 1 2", "output": "3"}, {"instruction": "add 2 2", "output": "4"} | {column: None}]
+    with pytest.raises(BadInput, match=f"nothing in its column '{column}'"):
+        list(load(str(write("pairs.jsonl", rows))).train)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_without_weights_every_row_comes_once(write, streaming: bool):
     a, b = write("a.jsonl", [{"text": f"a {i}"} for i in range(5)]), write("b.jsonl", [{"text": "b"}])
