@@ -83,10 +83,12 @@ class DecodingSettings:
                 raise BadInput(f"`{name}` cannot be set here: {_NOT_TYPED[name]}.")
             if name not in typed_fields():
                 try:
-                    A2DGenerationConfig(**{name: value})
+                    A2DGenerationConfig(**{name: str(value) if isinstance(value, list | dict) else value})
                 except ValueError as error:  # unknown, another project's, or of the left-to-right decoders
                     raise BadInput(str(error)) from error
                 raise BadInput(f"`{name}` does nothing in diffusion decoding: leave it out.")
+        if not _is_stop(changes.get("stop_strings")):
+            raise BadInput(f"`stop_strings` must be a text or a list of texts, not {changes['stop_strings']!r}.")
         kept = {name: value for name, value in (self.chosen | dict(changes)).items() if value != AUTO}
         set_by_checkpoint = set_fields(self.own)
         # None is news only where the checkpoint says something else.
@@ -178,9 +180,9 @@ def read_value(name: str, text: str) -> Any:
         return AUTO
     if text.lower() == "none":
         return None
-    if name in _TEXTS and not text.startswith(("[", '"')):
+    if name in _TEXTS and not (name == "stop_strings" and text.startswith(("[", '"'))):
         return text
-    if name in _LISTS and not text.startswith("["):
+    if not text.startswith("[") and (name in _LISTS or (name == "eos_token_id" and "," in text)):
         text = f"[{text}]"
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
@@ -188,6 +190,11 @@ def read_value(name: str, text: str) -> Any:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def _is_stop(value: Any) -> bool:
+    texts = value if isinstance(value, list) and value else [value]
+    return value is None or all(isinstance(text, str) and text for text in texts)
 
 
 def read_assignments(texts: Sequence[str], argument: str = "--set") -> dict[str, Any]:

@@ -187,8 +187,9 @@ def _check(args: argparse.Namespace, prompts: list[str], settings: DecodingSetti
         }.items():
             if given is not None:
                 raise BadInput(f"--infill appends nothing and keeps its prompt: leave out {flag}.")
-        if settings.in_force().self_speculation is not None:
-            raise BadInput("`self_speculation` continues a text: leave it out to fill gaps with --infill.")
+        for name in ("self_speculation", "stop_strings"):
+            if vars(settings.in_force())[name] is not None:
+                raise BadInput(f"`{name}` is about continuing a text: leave it out to fill gaps with --infill.")
         for prompt in prompts:
             parse_gaps(prompt)
     elif args.length_by is not None:

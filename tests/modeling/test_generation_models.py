@@ -219,6 +219,24 @@ def test_the_text_generation_pipeline_works():
     assert [row[0]["generated_text"][:3] for row in batch] == ["The", "A m"]
 
 
+def test_the_pipeline_and_a_streamer_work_from_the_folder_of_a_checkpoint(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = A2DForMaskedDiffusion.from_causal_lm(tiny_model("llama"), tokenizer, **BD3LM)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert isinstance(generate.model, A2DForMaskedDiffusion)
+    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
+    row = model.diffusion_generate(ids, max_new_tokens=6)[0]
+    streamer = TextDiffusionStreamer(generate.tokenizer, skip_special_tokens=True)
+    (result,) = generate("The quick brown", max_new_tokens=6, streamer=streamer)
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    assert result["generated_text"] == text and capsys.readouterr().out.endswith(f"{text[len('The quick brown') :]}\n")
+    (result,) = generate([{"role": "user", "content": "The quick brown"}], max_new_tokens=6)
+    assert result["generated_text"][-1] == {"role": "assistant", "content": text[len("The quick brown") :]}
+
+
 def test_stop_strings_end_a_row_where_they_appear():
     tokenizer = tiny_tokenizer()
     model = A2DForMaskedDiffusion.from_causal_lm(tiny_model("llama"), tokenizer)
