@@ -62,16 +62,17 @@ def test_a_row_tells_the_text_its_cost_and_its_settings(sample):
     assert json.loads(sample("-p", "The quick", *flags, "--jsonl")[1]) == row
 
 
-def test_set_reaches_what_has_no_flag_of_its_own(sample):
-    plain = json.loads(sample("-p", "The quick", "--max-new-tokens", "6", "--jsonl")[1])
-    tokenizer = tiny_tokenizer()
-    written = tokenizer(plain["completion"], add_special_tokens=False).input_ids
-    unwanted = ",".join(str(token) for token in sorted(set(written)))
-    arguments = ("-p", "The quick", "--max-new-tokens", "6", "--set", f"suppress_tokens={unwanted}", "--jsonl")
-    other = json.loads(sample(*arguments)[1])
-    assert not set(written) & set(tokenizer(other["completion"], add_special_tokens=False).input_ids)
-    stop = plain["completion"].strip()[:2]
-    stopped = json.loads(sample("-p", "The quick", "--set", f'stop_strings=["{stop}"]', "--jsonl")[1])
+def test_set_reaches_what_has_no_flag_of_its_own(sample, checkpoints):
+    model, tokenizer = A2DForMaskedDiffusion.from_pretrained(checkpoints["mdlm"]), tiny_tokenizer()
+    ids = tokenizer("The quick", return_tensors="pt").input_ids
+    written = sorted(set(model.diffusion_generate(ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()))
+    others = model.diffusion_generate(ids, max_new_tokens=6, suppress_tokens=written)[0]
+    arguments = ("-p", "The quick", "--max-new-tokens", "6", "--jsonl", "--set")
+    row = json.loads(sample(*arguments, f"suppress_tokens={','.join(map(str, written))}")[1])
+    assert row["text"] == tokenizer.decode(others, skip_special_tokens=True)
+    stop = row["completion"].strip()[:2]
+    both = (*arguments, f"suppress_tokens={written}", "--set", f"stop_strings={json.dumps([stop])}")
+    stopped = json.loads(sample(*both)[1])
     assert stopped["stop_reason"] == "stopping_criteria" and stop in stopped["completion"]
 
 
