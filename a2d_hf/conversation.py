@@ -279,7 +279,9 @@ class Conversation:
         if not live:
             self.console.line(text)
         facts = f"{output.num_forwards} forwards, {float(output.tokens_per_forward[0]):.2f} tokens per forward"
-        end = ENDS[output.stop_reason[0]].format(output.sequences.shape[1] - prompt)
+        # A text from nothing begins with the BOS token, where there is one.
+        given = prompt if inputs is not None else int(self.settings.in_force().bos_token_id is not None)
+        end = ENDS[output.stop_reason[0]].format(output.sequences.shape[1] - given)
         from_nothing = "" if line else "; from nothing, no part of the conversation"
         self.console.line(self.console.style(f"[{facts}; {end}{from_nothing}]", "dim"))
         if line:
