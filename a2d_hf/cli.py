@@ -71,6 +71,9 @@ class Parser(argparse.ArgumentParser):
         """Ends with the sentence for arguments that nobody knows."""
         unknown = arguments[0].split("=")[0]
         known = [flag for action in self._actions for flag in action.option_strings]
+        explain = self.get_default("explain_flag")
+        if explain is not None and (words := explain(unknown, known)):
+            self.error(f"unknown flag {unknown}: {words}")
         near = difflib.get_close_matches(unknown, known, n=1)
         kind = "flag" if unknown.startswith("-") else "argument"
         self.error(f"unknown {kind} {unknown}" + (f": did you mean {near[0]}?" if near else ""))

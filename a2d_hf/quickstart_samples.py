@@ -147,9 +147,11 @@ def denoising_of(output: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, m
         max(i for i in range(1, len(output.history)) if _is_open(output.history[i - 1][0], place, mask_token_id))
         for place in places
     ]
+    # Read behind the prompt: alone, a tokenizer may drop the space before the first word.
+    pieces = token_pieces(tokenizer, [int(token) for token in final])
     return Denoising(
         prompt=prompt,
-        pieces=token_pieces(tokenizer, [int(final[place]) for place in places]),
+        pieces=[pieces[place] for place in places],
         steps=steps,
         confidence=[float(output.confidences[0, place]) for place in places],
         num_steps=len(output.history) - 1,

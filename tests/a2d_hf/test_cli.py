@@ -224,7 +224,7 @@ class TestSample:
     def test_fewer_steps_mean_fewer_forwards(self, call, trained):
         arguments = ("--max-new-tokens", "8", "--steps", "2", "--json")
         found = json.loads(call("sample", trained[0], "-p", "the dog", *arguments)[1])[0]
-        assert found["forwards"] <= 2
+        assert found["num_forwards"] <= 2
 
     def test_prompts_from_a_file(self, call, trained, tmp_path):
         (tmp_path / "prompts").write_text("the dog\n\na fox\n")

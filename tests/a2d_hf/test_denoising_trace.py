@@ -1,12 +1,15 @@
 """The scrubbable picture, and the page that `a2d sample --trace` writes."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from a2d_hf.cli import main
 from a2d_hf.denoising_picture import Denoising
 from a2d_hf.denoising_trace import scrubbable, trace_page
+from a2d_hf.quickstart_samples import denoising_of
 
 
 TEXT = Denoising("Once <b>", [" upon", " a", " time"], [2, 1, 3], [0.5, 0.9, 0.25], 3)
@@ -30,6 +33,16 @@ def test_a_token_knows_its_pass_and_its_probability():
         ("1", "pass 1 of 3, probability 0.90", " a"),
         ("3", "pass 3 of 3, probability 0.25", " time"),
     ]
+
+
+def test_the_space_before_the_first_word_is_kept_where_a_tokenizer_drops_it_at_the_start():
+    output = SimpleNamespace(
+        sequences=torch.tensor([[1, 4, 6]]),
+        confidences=torch.tensor([[float("nan"), 0.5, 0.75]]),
+        history=[torch.tensor([row]) for row in ([1, 9, 9], [1, 4, 6])],
+    )
+    words = SimpleNamespace(decode=lambda ids: " ".join(f"w{i}" for i in ids))
+    assert denoising_of(output, words, "w1", 9).pieces == [" w4", " w6"]
 
 
 def test_text_is_escaped_and_the_page_loads_nothing():

@@ -191,7 +191,7 @@ def test_every_way_of_decoding_has_its_flag(checkpoint, capsys):
         code, out, err = sample(capsys, checkpoint, "-p", "The quick", "--max-new-tokens", "8", "--jsonl", *flags)
         row = json.loads(out)
         assert code == 0, err
-        assert row["forwards"] == 16 if "--guidance-scale" in flags else row["forwards"] <= 8
+        assert row["num_forwards"] == 16 if "--guidance-scale" in flags else row["num_forwards"] <= 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Decoding with tiny random transformers models: batches, blocks, shift, saving, PEFT, pipelines, streaming."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -217,6 +219,26 @@ def test_the_text_generation_pipeline_works():
     assert result["generated_text"].startswith("The quick brown") and len(result["generated_text"]) > 15
     batch = generate(["The quick", "A model reads from left"], max_new_tokens=4, batch_size=2, do_sample=False)
     assert [row[0]["generated_text"][:3] for row in batch] == ["The", "A m"]
+
+
+def test_the_pipeline_and_a_streamer_work_from_the_folder_of_a_checkpoint(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = A2DForMaskedDiffusion.from_causal_lm(tiny_model("llama"), tokenizer, **BD3LM)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert isinstance(generate.model, A2DForMaskedDiffusion)
+    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
+    row = model.diffusion_generate(ids, max_new_tokens=6)[0]
+    streamer = TextDiffusionStreamer(generate.tokenizer, skip_special_tokens=True)
+    greedy = {"max_new_tokens": 6, "do_sample": False}  # the pipeline samples at 0.7 by itself
+    (result,) = generate("The quick brown", streamer=streamer, **greedy)
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    without_drafts = re.sub("\0337.*?\0338\033\\[J", "", capsys.readouterr().out, flags=re.S)
+    assert result["generated_text"] == text and without_drafts.endswith(f"{text}\n")
+    (result,) = generate([{"role": "user", "content": "The quick brown"}], **greedy)
+    assert result["generated_text"][-1] == {"role": "assistant", "content": text[len("The quick brown") :]}
 
 
 def test_stop_strings_end_a_row_where_they_appear():
