@@ -57,6 +57,7 @@ class Arm:
 LEARNING_RATES = {MDLM: (1e-3, 2e-3, 4e-3), REPALIGN: (1e-3, 2e-3, 4e-3), BD3LM: (2.5e-4, 5e-4, 1e-3)}
 CAUSAL = {"clean_context": "causal"}
 FOUR, COUNTED = {"block_size": 4}, {"block_size": 4, "mask_sampling": "count"}
+BEST = COUNTED | {"complementary_views": True, "teacher_kl_weight": 1.0}
 ARMS = (
     Arm("MDLM", MDLM),
     Arm("MDLM, shift", MDLM, True),
@@ -75,6 +76,7 @@ ARMS = (
     Arm("BD3LM 4, shift, counted", BD3LM, True, CAUSAL, COUNTED),
     Arm("BD3LM 4, shift, counted, two views", BD3LM, True, CAUSAL, COUNTED | {"complementary_views": True}),
     Arm("BD3LM 4, shift, counted, teacher KL 1", BD3LM, True, CAUSAL, COUNTED | {"teacher_kl_weight": 1.0}),
+    Arm("BD3LM 4, shift, counted, two views, teacher KL 1", BD3LM, True, CAUSAL, BEST),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
 )
 
