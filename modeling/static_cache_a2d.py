@@ -90,8 +90,8 @@ class StaticBlockCache(BlockCache):
         shift, device = model.config.token_shift, canvas.tokens_RT.device
         super().__init__(rows * canvas.passes, length, attention_block, shift, device)
         self.config = config
-        # The open blocks of the decoder may begin inside one of the attention.
-        span = config.pipeline_depth * canvas.block_size + attention_block - min(canvas.block_size, attention_block)
+        # The decoder's blocks lie in those of the attention, of which the first need not be open from its beginning.
+        span = config.pipeline_depth * canvas.block_size + attention_block - canvas.block_size
         self.open_columns = -(-min(span, length) // attention_block) * attention_block
         # Of the pass under way: columns of the open blocks, and whether its shape is one of the two.
         self.active, self.is_constant = 0, False
