@@ -96,7 +96,6 @@ class StaticBlockCache(BlockCache):
         # Of the pass under way: columns of the open blocks, and whether its shape is one of the two.
         self.active, self.is_constant = 0, False
         self.call: Callable | None = None
-        self.left_alone = False  # whether some layer has a rule of its own, which no pattern changes
 
     def logits_of(
         self,
@@ -165,8 +164,8 @@ class StaticBlockCache(BlockCache):
                 return_dict=True,
                 **inputs,
             )
-        if not self.is_constant:  # the first pass is such a one
-            self.left_alone = "left_alone" in state.kept
+        if "left_alone" in state.kept:  # seen in the first pass, which is never compiled
+            raise _no_static_form(f"{type(model.backbone).__name__}, with layers whose own rule counts slots")
         row_N, column_N = asked_BW.nonzero(as_tuple=True)
         # Indexed, which copies: the memory of the output is the next pass's under CUDA graphs.
         return outputs.logits[:, -scored:][row_N, column_N - shift - (width - scored)]
@@ -181,7 +180,7 @@ class StaticBlockCache(BlockCache):
         if not GenerationMixin._valid_auto_compile_criteria(model, {"past_key_values": self.cache}, config):
             return backbone
         attention = backbone.config._attn_implementation
-        if attention not in _COMPILED_ATTENTION or model.alibi_layers or self.left_alone:
+        if attention not in _COMPILED_ATTENTION or model.alibi_layers:
             logger.warning_once(
                 f"{type(backbone).__name__} with `attn_implementation={attention!r}` is decoded with a static cache, "
                 "but not compiled: its attention mask is made of more than the static form hands over."
@@ -203,4 +202,8 @@ def check_static_cache(model: "A2DGenerationMixin", is_exact: bool) -> None:
         reason = f"{parent}, which takes no `position_ids`"
     else:
         return
-    raise ValueError(f'`cache_implementation="static"` does not fit {reason}: leave it out.')
+    raise _no_static_form(reason)
+
+
+def _no_static_form(reason: str) -> ValueError:
+    return ValueError(f'`cache_implementation="static"` does not fit {reason}: leave it out.')

@@ -286,8 +286,9 @@ def test_two_graphs_whatever_the_number_of_blocks_and_rows_in_them(family, field
     model, graphs = model_of(family, **fields), Graphs()
     graphs.run(model, 9, 2, max_new_tokens=6)
     assert graphs.count == 2
-    # Other lengths, more blocks, rows that finish early: nothing is compiled again.
-    graphs.run(model, 2, 17, max_new_tokens=34, eos_token_id=[*range(4, 12)], pad_token_id=0)
+    # Other lengths, more blocks, a last block that is cut off, rows that finish early: nothing is compiled again.
+    graphs.run(model, 3, 17, max_new_tokens=34, steps=20)
+    graphs.run(model, 2, 17, max_new_tokens=20, eos_token_id=[*range(4, 12)], pad_token_id=0)
     assert graphs.count == 2
 
 
@@ -306,7 +307,7 @@ def test_the_count_of_graphs_notices_a_shape_that_changes(monkeypatch):
     monkeypatch.setattr(StaticBlockCache, "_columns", _as_needed)
     model, graphs = block_model(), Graphs()
     with pytest.raises(AssertionError):
-        graphs.run(model, 9, 2, max_new_tokens=14)
+        graphs.run(model, 9, max_new_tokens=14)  # 23 tokens: the last block is cut off
         assert graphs.count == 2
 
 
@@ -323,12 +324,11 @@ def test_a_pass_of_its_own_shape_is_not_compiled_and_leaves_the_others_alone():
     assert torch.equal(found, model.diffusion_generate(**inputs, max_new_tokens=0)) and graphs.count == 1
 
 
-def test_a_layer_with_a_rule_that_is_not_causal_is_not_compiled(monkeypatch):
-    # Such a rule is asked for once, in the first pass: a graph would take its mask for one to open.
+def test_layers_with_a_rule_that_is_not_causal_are_refused(monkeypatch):
+    # Such a rule stays the parent's, which counts slots; and a graph would take it for one to open.
     monkeypatch.setattr("a2d_hf.modeling.attention_interface._sees_the_future", lambda own, kwargs: True)
-    graphs = Graphs()
-    graphs.run(block_model("mistral"), 9, max_new_tokens=11)
-    assert graphs.count == 0
+    with pytest.raises(ValueError, match="whose own rule counts slots"):
+        block_model("mistral").diffusion_generate(**batch(9), max_new_tokens=11, **STATIC)
 
 
 def test_the_pattern_outside_a_compiled_pass_is_the_models_own():
