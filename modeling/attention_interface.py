@@ -10,6 +10,7 @@ Shapes: B rows, Q queries, K keys (cached ones included).
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,7 +37,10 @@ class PatternInForce:
         copy_K (`torch.Tensor`, *optional*): which copy a key belongs to (`bd3lm` only).
         fast_path (`bool`): whether "everything visible" may be expressed by passing no mask at all.
         seen (`int`): tokens in the cache, before the first query.
-        kept (`dict`): what the layers of one pass share (alibi_distance.py).
+        kept (`dict`): what the layers of one pass share (alibi_distance.py), and under `"left_alone"` whether one of
+            them has a rule of its own that is not causal.
+        traced (`bool`): that the pass is for `torch.compile`, so that nothing in it may look at values: an earlier
+            pass has found no such rule, and no rows are left out (`rows_read`).
         rows_read (`RowsRead`, *optional*): the rows that the last layer is computed for; `None` means all.
     """
 
@@ -49,6 +53,7 @@ class PatternInForce:
     fast_path: bool = True
     seen: int = 0
     kept: dict = field(default_factory=dict)
+    traced: bool = False
     rows_read: RowsRead | None = None
 
     def rule(self, own: Callable | None) -> Callable:
@@ -114,10 +119,19 @@ _RAN_OPEN = f"_a2d_ran_open_in_{__name__}"
 _RECOMPUTING: ContextVar[bool] = ContextVar("a2d_recomputing", default=False)
 
 
+class _Traced(threading.local):
+    """The pattern in force once more: `torch.compile` follows a thread's own attribute, and stops at a context's."""
+
+    state: PatternInForce | None = None
+
+
+_TRACED = _Traced()
+
+
 @contextlib.contextmanager
 def pattern_in_force(state: PatternInForce | None) -> Iterator[None]:
     """Puts a pattern in force for the current context; `None` restores the library's own behaviour."""
-    token = _IN_FORCE.set(state)
+    token, before, _TRACED.state = _IN_FORCE.set(state), _TRACED.state, state
     try:
         if state is None or state.rows_read is None:
             yield
@@ -126,11 +140,12 @@ def pattern_in_force(state: PatternInForce | None) -> Iterator[None]:
                 yield
     finally:
         _IN_FORCE.reset(token)
+        _TRACED.state = before
 
 
 def current_pattern() -> PatternInForce | None:
     """The pattern in force in this context, if any."""
-    return _IN_FORCE.get()
+    return _TRACED.state if torch.compiler.is_compiling() else _IN_FORCE.get()
 
 
 def keep_pattern(checkpoint_function: Callable) -> Callable:
@@ -161,14 +176,15 @@ def keep_pattern(checkpoint_function: Callable) -> Callable:
 def _wrap_mask_function(name: str, library_function: Callable) -> Callable:
     @functools.wraps(library_function)
     def mask(*args, **kwargs):
-        state = _IN_FORCE.get()
+        state = current_pattern()
         if state is None or args:
             return library_function(*args, **kwargs)
         own = kwargs["mask_function"]
         if own is causal_mask_function:
             own = None
-        elif _sees_the_future(own, kwargs):
+        elif not state.traced and _sees_the_future(own, kwargs):
             # Not causal to begin with (a vision tower, cross-attention): not ours to change.
+            state.kept["left_alone"] = True
             return library_function(**kwargs)
         local_size = kwargs.get("local_size")
         if state.windows == "open" and local_size is not None:
@@ -234,7 +250,7 @@ def _weigh_future_edges(name: str, built, state: PatternInForce, log_weight: flo
 def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
     @functools.wraps(library_function)
     def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
-        state = _IN_FORCE.get()
+        state = current_pattern()
         if attention_mask is None and state is not None:
             # Only `everything_visible` leads here: without a mask the kernel must not fall back to its causal form.
             kwargs["is_causal"] = False
@@ -249,7 +265,7 @@ def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
                 )
         if state is not None and state.windows == "open" and kwargs.get("sliding_window") is not None:
             kwargs["sliding_window"] = None  # flash kernels apply the window themselves
-        if name == "sdpa":
+        if name == "sdpa" and not (state is not None and state.traced):
             return attend_from_rows_read(library_function, module, query, key, value, attention_mask, *args, **kwargs)
         return library_function(module, query, key, value, attention_mask, *args, **kwargs)
 

@@ -149,7 +149,7 @@ class BlockCache:
         end_B = torch.minimum((last_B // self.block_size + 1) * self.block_size, valid_BT.sum(-1))
         before_B = torch.minimum(self.clean_B, start_B)
         pending_B = start_B - before_B
-        pending, active = int(pending_B.amax()), int((end_B - start_B).amax())
+        pending, active = self._columns(int(pending_B.amax()), int((end_B - start_B).amax()))
         position_BW = start_B[:, None] + torch.arange(-pending, active, device=device)
         real_BW = (position_BW >= before_B[:, None]) & (position_BW < end_B[:, None])
         asked_BW = scope_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1)) & real_BW
@@ -218,20 +218,36 @@ class BlockCache:
         slots, width = self.cache.get_seq_length(), position_BW.shape[1]
         cached_BS = torch.arange(slots, device=tokens_BT.device) < before_B[:, None]
         visible_BK = torch.cat([cached_BS, real_BW], dim=-1)
-        outputs = model(
-            input_ids=tokens_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1)),
-            attention_mask=None if bool(visible_BK.all()) else visible_BK.long(),
-            attention_pattern=pattern,
-            logits_mask=asked_BW,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        ids_BW = tokens_BT.gather(1, position_BW.clamp(0, tokens_BT.shape[1] - 1))
+        logits_NV = self._forward(model, ids_BW, visible_BK, asked_BW, pattern)
         if self.cache.get_seq_length() != slots + width:
             raise RuntimeError(
                 f"{type(model).__name__} did not write to the cache it was given: pass `use_cache=False`."
             )
         self.last_slots = slots
-        return outputs.logits
+        return logits_NV
+
+    def _columns(self, pending: int, active: int) -> tuple[int, int]:
+        """How many columns the next pass has for clean tokens, and how many for the active block, given the need."""
+        return pending, active
+
+    def _forward(
+        self,
+        model: "A2DGenerationMixin",
+        ids_BW: torch.LongTensor,
+        visible_BK: torch.Tensor,
+        asked_BW: torch.Tensor,
+        pattern: AttentionPattern | None,
+    ) -> torch.Tensor:
+        """One pass of the model over these tokens; of slots and tokens, only the visible ones are seen by anything."""
+        return model(
+            input_ids=ids_BW,
+            attention_mask=None if bool(visible_BK.all()) else visible_BK.long(),
+            attention_pattern=pattern,
+            logits_mask=asked_BW,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
 
     def _keep(self, rows_B: torch.Tensor) -> None:
         """Drops the rows that have finished."""

@@ -233,6 +233,13 @@ def check_idle_parameters(config: A2DGenerationConfig, arguments: Mapping[str, A
     for name in ("block_add_threshold", "decoded_token_threshold"):
         if arguments.get(name) is not None and config.pipeline_depth == 1:
             raise ValueError(f"`{name}` does nothing with one open block: set `pipeline_depth`, for example to 4.")
+    for name in ("max_cache_len", "compile_config"):
+        if arguments.get(name) is not None and config.cache_implementation != "static":
+            raise ValueError(
+                f'`{name}` is about a static cache: set `cache_implementation="static"`, or leave it out.'
+            )
+    if arguments.get("cache_implementation") == "static" and config.use_cache is False:
+        raise ValueError('`cache_implementation="static"` does nothing with `use_cache=False`: leave one of them out.')
     if arguments.get("guidance_keep_tokens") and config.guidance_scale in (None, 1):
         raise ValueError("`guidance_keep_tokens` do nothing without guidance: set `guidance_scale`.")
     idle = [f"`{name}`" for name in ("top_k", "top_p", "min_p") if arguments.get(name) is not None and not sampling]

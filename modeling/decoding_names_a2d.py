@@ -17,6 +17,7 @@ REMASKING = ("p2", "remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop")
 ADAPTIVE_SELECTORS = ("threshold", "entropy_bound")
 SELF_SPECULATION = ("causal", "parent")
 APPROXIMATE_CACHES = ("prefix", "dual")
+CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 
 # What other projects call these parameters.
 PEER_ARGUMENTS = {
@@ -95,7 +96,12 @@ def check_rules(config: "A2DGenerationConfig") -> None:
             f"`pipeline_depth={config.pipeline_depth}` needs a selector that may commit nothing in a block it is not "
             'sure of: set `selector="threshold"` or `"entropy_bound"`.'
         )
-    for name, values in (("self_speculation", SELF_SPECULATION), ("approximate_cache", APPROXIMATE_CACHES)):
+    choices = {
+        "self_speculation": SELF_SPECULATION,
+        "approximate_cache": APPROXIMATE_CACHES,
+        "cache_implementation": CACHE_IMPLEMENTATIONS,
+    }
+    for name, values in choices.items():
         value = vars(config)[name]
         if value is not None and value not in values:
             raise ValueError(f"`{name}` must be None or one of {', '.join(values)}, not {value!r}.")
@@ -119,6 +125,7 @@ def _check_alone(config: "A2DGenerationConfig", deep: bool) -> None:
         "remasking": config.remasking is not None,
         "guidance_scale": config.guidance_scale not in (None, 1),
         "pipeline_depth": deep,
+        'cache_implementation="static"': config.cache_implementation == "static",
     }
     for name in ("self_speculation", "approximate_cache"):
         if vars(config)[name] is not None:

@@ -37,6 +37,7 @@ from .pipelined_a2d import PipelinedBlocks
 from .remdm_a2d import ReMDM, ReMDMRates
 from .selectors_a2d import Candidates, make_selector
 from .self_speculation_a2d import DRAFT_SIZE, SelfSpeculation, check_speculation
+from .static_cache_a2d import StaticBlockCache, check_static_cache
 from .stream_a2d import CanvasStream
 
 
@@ -329,10 +330,16 @@ class A2DGenerationMixin:
         """The cache of a call, or `None` where it would not be exact: the text never depends on it."""
         rows, length = canvas.tokens_RT.shape
         rows *= canvas.passes
-        if config.use_cache is False or attention_block is None or not self.can_cache(rows):
+        if config.use_cache is False:
             return None
+        is_exact = attention_block is not None and self.can_cache(rows)
         if config.pipeline_depth > 1 and self.config.clean_context == "causal":
-            return None  # a later block reads the open one causally here, and a cached pass would read it openly
+            is_exact = False  # a later block reads the open one causally here, and a cached pass would read it openly
+        if config.cache_implementation == "static":
+            check_static_cache(self, is_exact)
+            return StaticBlockCache(self, config, canvas, attention_block)
+        if not is_exact:
+            return None
         return BlockCache(rows, length, attention_block, self.config.token_shift, canvas.tokens_RT.device)
 
     def can_cache(self, rows: int) -> bool:

@@ -7,7 +7,7 @@ that a call uses. Knows nothing of models or tensors.
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.utils import logging
 
 from .decoding_names_a2d import check_names, check_rules
@@ -176,7 +176,17 @@ class A2DGenerationConfig(GenerationConfig):
         output_cache_deviation (`bool`, *optional*, defaults to `False`):
             Measure that cache against exact logits at every forward, one more pass each (not counted), and say so in
             [`A2DGenerationOutput`]`.cache_deviation`.
-        cache_implementation, cache_config, max_cache_len, compile_config, disable_compile: accepted, without effect.
+        cache_implementation (`str`, *optional*, defaults to `"dynamic"`):
+            `"static"` gives that cache of BD3LM models one place and its passes two shapes, for `torch.compile` and
+            CUDA graphs; same text. See static_cache_a2d.py.
+        max_cache_len (`int`, *optional*):
+            Tokens that a static cache has room for at least: set it to the longest prompt and completion to come, and
+            shorter calls go through what was compiled for the first.
+        compile_config (`CompileConfig`, *optional*):
+            How the denoising passes over a static cache are compiled. On CUDA they are, by default as
+            [`~transformers.CompileConfig`] says; on a CPU only with this set. Never saved.
+        disable_compile (`bool`, *optional*): `True` runs a static cache uncompiled.
+        cache_config: accepted, without effect.
     """
 
     def __init__(self, **kwargs):
@@ -195,7 +205,8 @@ class A2DGenerationConfig(GenerationConfig):
             strict (`bool`, *optional*, defaults to `False`): also refuse what cannot be saved.
             user_set_attributes (`set[str]`, *optional*): part of the library's signature; not needed here.
         """
-        for name in ("steps", "block_size", "draft_steps", "num_return_sequences", "max_length", "pipeline_depth"):
+        counts = ("steps", "block_size", "draft_steps", "num_return_sequences", "max_length", "pipeline_depth")
+        for name in (*counts, "max_cache_len"):
             self._check(name, _is_int, lambda v: v >= 1, "a positive integer")
         for name in ("max_new_tokens", "top_k", "seed", "mask_token_id", "bos_token_id"):
             self._check(name, _is_int, lambda v: v >= 0, "an integer of at least 0")
@@ -205,11 +216,15 @@ class A2DGenerationConfig(GenerationConfig):
         for name in ("temperature", "entropy_bound", "guidance_scale"):
             self._check(name, _is_number, lambda v: 0 <= v < float("inf"), "a number of at least 0")
         self._check("repetition_penalty", _is_number, lambda v: v > 0, "a number above 0")
-        for name in ("do_sample", "use_cache", "return_dict_in_generate", "output_history", "output_cache_deviation"):
+        switches = ("do_sample", "use_cache", "return_dict_in_generate", "output_history", "output_cache_deviation")
+        for name in (*switches, "disable_compile"):
             self._check(name, lambda v: isinstance(v, bool), lambda v: True, "a boolean")
         for name in ("suppress_tokens", "begin_suppress_tokens", "guidance_keep_tokens"):
             self._check(name, _is_id_list, lambda v: True, "a list of token ids")
         self._check("eos_token_id", lambda v: _is_int(v) or _is_id_list(v), lambda v: True, "a token id or a list")
+        self._check(
+            "compile_config", lambda v: isinstance(v, CompileConfig), lambda v: True, "a `transformers.CompileConfig`"
+        )
         # Trainers and pipelines set negative pad ids for "none"; transformers only warns about them.
         self._check("pad_token_id", _is_int, lambda v: True, "a token id")
         if self.temperature == 0 and self.do_sample:

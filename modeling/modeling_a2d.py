@@ -69,7 +69,7 @@ class A2DForMaskedDiffusion(CheckpointWriting, PreTrainedModel, A2DGenerationMix
         if backbone is None:
             backbone = build_parent(config.text_config)
         self.parent = backbone
-        open_causal_buffers(backbone)
+        self.causal_buffers = open_causal_buffers(backbone)
         self.alibi_layers = measure_by_distance(backbone)
         # One object for both, so that resizing or another attention implementation is seen by both.
         config.text_config = backbone.config

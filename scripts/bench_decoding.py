@@ -2,6 +2,7 @@
 
     python scripts/bench_decoding.py                          a small model, about a minute on two cores
     python scripts/bench_decoding.py --preset qwen3-0.6b      the shape of Qwen3-0.6B
+    python scripts/bench_decoding.py --compile                with a static cache too, uncompiled and compiled
 
 Owns the reference loop and the table; writes one JSON file. Everything compared runs in this process, in turns, and
 must give the same tokens with the same number of denoising forwards, or nothing is written. Speed-ups are in tokens
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from a2d_hf.atomic_files import write_json
@@ -148,9 +149,14 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     prompt_RP = torch.randint(1, 1000, (args.rows, args.prompt), generator=torch.Generator().manual_seed(2))
 
-    def ours(use_cache: bool, prompts: torch.Tensor = prompt_1P) -> tuple[torch.Tensor, int]:
+    def ours(use_cache: bool, prompts: torch.Tensor = prompt_1P, **cache: Any) -> tuple[torch.Tensor, int]:
         output = model.diffusion_generate(
-            prompts, max_new_tokens=args.new, steps=args.steps, use_cache=use_cache, return_dict_in_generate=True
+            prompts,
+            max_new_tokens=args.new,
+            steps=args.steps,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            **cache,
         )
         return output.sequences, output.num_forwards
 
@@ -168,6 +174,12 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"a2d_hf, {args.rows} rows": lambda watch: ours(True, prompt_RP),
         f"parent, {args.rows} rows": lambda watch: parent(prompt_RP),
     }
+    if args.compile:
+        static = {"cache_implementation": "static"}
+        contestants["a2d_hf, static"] = lambda watch: ours(True, **static)
+        # Of its runs the first compiles, and the best counts.
+        compiled = static | {"compile_config": CompileConfig(mode="default")}
+        contestants["a2d_hf, compiled"] = lambda watch: ours(True, **compiled)
     tokens = {name: args.new * (args.rows if name.endswith("rows") else 1) for name in contestants}
     times: dict[str, list[float]] = defaultdict(list)
     forwards: dict[str, int] = {}
@@ -176,15 +188,17 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for _ in range(args.repeats):
             for name, contestant in contestants.items():
                 watches[name] = watch = Stopwatch()
-                hooks = time_head(model, watch)
+                # Hooks that read a clock would be compiled too, again for every run.
+                whole = name.endswith("compiled")
+                hooks = [] if whole else time_head(model, watch)
                 started = time.perf_counter()
-                with time_masks(watch):
+                with contextlib.nullcontext() if whole else time_masks(watch):
                     rows[name], forwards[name] = contestant(watch)
                 times[name].append(time.perf_counter() - started)
                 for hook in hooks:
                     hook.remove()
                 progress.advance()
-    for name in ("a2d_hf, no cache", "a2d_hf"):
+    for name in [name for name in contestants if name.startswith("a2d_hf") and not name.endswith("rows")]:
         if not torch.equal(rows[name], rows["published loop"]):
             raise SystemExit(f"{name} gave other tokens than the published loop: nothing is measured.")
     best = {name: min(values) for name, values in times.items()}
@@ -221,6 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="denoising forwards, the same number in each block")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--rows", type=int, default=16, help="rows of the batch that both decoders get besides")
+    parser.add_argument("--compile", action="store_true", help="also a static cache, uncompiled and compiled")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the best counts")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decoding_cpu.json", help="the JSON file")
     args = parser.parse_args()
