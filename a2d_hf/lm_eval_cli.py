@@ -16,6 +16,7 @@ from pathlib import Path
 from . import lm_eval_presets as presets
 from .console import Console
 from .errors import A2DError, BadInput, SaveFailed
+from .local_metrics import register_rouge
 
 
 MODEL = "a2d"
@@ -32,12 +33,13 @@ NEEDED = {
 
 
 def register() -> None:
-    """Makes `a2d` a model of the harness; the built-in ones stay."""
+    """Makes `a2d` a model of the harness and `rouge` a metric; the built-in ones stay."""
     import lm_eval.models  # noqa: F401  registers the built-in models, which the harness does only where none is there
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target=TARGET)
+    register_rouge()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
