@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from .denoising_picture import Denoising, denoising_grid, denoising_legend, denoising_text
-from .evaluation_charts import accuracy_curve, masked_chart, speed
+from .evaluation_charts import accuracy_curve, masked_chart, speed, task_curve
 from .report import (
     Level,
     Section,
@@ -253,6 +253,7 @@ def _tasks(report: dict[str, Any]) -> Markup:
             "standard errors or so may be chance, and so may a score that near to guessing."
         ),
         table(("Task", "metric", "conversion", "parent", "examples", "shots"), rows),
+        *[task_curve(curve) for curve in report["task_curves"]],
     )
 
 

@@ -38,14 +38,16 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     return names
 
 
-def diffusion_answers(model: Any, tokenizer: Any, *, likelihood: str, mc_num: int, seed: int, batch_size: int) -> Any:
-    """The converted model as the harness sees it."""
+def diffusion_answers(
+    model: Any, tokenizer: Any, *, likelihood: str, mc_num: int, seed: int, batch_size: int, **decoding: Any
+) -> Any:
+    """The converted model as the harness sees it; `decoding` are arguments of `diffusion_generate`."""
     from .lm_eval_model import A2DLM
 
     _quiet()
     return A2DLM(
         model, tokenizer=tokenizer, likelihood=likelihood, mc_num=mc_num, mc_seed=seed, batch_size=batch_size,
-        device=str(model.device),
+        device=str(model.device), **decoding,
     )  # fmt: skip
 
 
@@ -70,7 +72,8 @@ def score(
 
     Returns:
         `list[dict]`: `task`, `metric`, `value` and `stderr` (`None` where the harness has none, or an infinite one),
-        `num_fewshot`, `examples`, `version`; one entry per metric.
+        `num_fewshot`, `examples`, `version`, `new_tokens` (most tokens of an answer, `None` where answers are given
+        and scored by their likelihood); one entry per metric.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -89,6 +92,9 @@ def score(
     )
     rows = []
     for name, results in found["results"].items():
+        config, new_tokens = found.get("configs", {}).get(name, {}), None
+        if config.get("output_type") == "generate_until":
+            new_tokens = (config.get("generation_kwargs") or {}).get("max_gen_toks", answers.max_gen_toks)
         for key, value in results.items():
             if key in NUMBERS or "_stderr," in key or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -103,6 +109,7 @@ def score(
                     "num_fewshot": found.get("n-shot", {}).get(name),
                     "examples": found.get("n-samples", {}).get(name, {}).get("effective"),
                     "version": found.get("versions", {}).get(name),
+                    "new_tokens": new_tokens,
                 }
             )
     return rows

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -260,6 +261,93 @@ def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, monkeypatch):
     first = (run / "eval" / "report.json").read_bytes()
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda *args, **kwargs: pytest.fail("asked twice"))
     assert call("eval", run, *flags)[0] == 0 and (run / "eval" / "report.json").read_bytes() == first
+
+
+WRITTEN = """task: tiny_written
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs:
+  until: []
+  max_gen_toks: 8
+  do_sample: false
+metric_list:
+  - metric: rouge
+    aggregation: mean
+    higher_is_better: true
+    rouge_types: [rouge1]
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Flags for a task whose answers are written; what is right shares words with all that the tokenizer knows."""
+    pytest.importorskip("lm_eval")
+    words = "the quick brown fox jumps over lazy dog a model reads from left to right one word at time"
+    rows = [{"q": f"{word} fox", "a": words} for word in words.split()[:4]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny_written.yaml").write_text(WRITTEN.format(file=tmp_path / "rows.jsonl"))
+    return ["--tasks", "tiny_written", "--include-path", tmp_path / "tasks", "--sweep", "--device", "cpu", *QUICK]
+
+
+def test_a_written_task_is_swept_and_its_areas_are_the_definition(call, run, written):
+    code, out, err = call("eval", run, *written)
+    assert code == 0, err
+    report, page = report_of(run), (run / "eval" / "report.html").read_text()
+    (curve,) = report["task_curves"]
+    (line,) = report["tasks"]
+    assert (curve["task"], curve["metric"], curve["new_tokens"]) == ("tiny_written", "rouge1", 8)
+    assert curve["parent_value"] == line["parent_value"] is not None
+    steps = {p["setting"]["steps"]: p for p in curve["points"] if "steps" in p["setting"]}
+    assert list(steps) == [8, 4, 2, 1]
+    for count, point in steps.items():
+        assert point["tokens_per_forward"] == pytest.approx(8 / count)
+    assert steps[8]["value"] == line["value"], "one token per forward is what a task is written with anyway"
+    best = 100 * max(point["value"] for point in curve["points"])
+    for way, area in curve["aup"].items():
+        points = sorted((p["tokens_per_forward"], 100 * p["value"]) for p in curve["points"] if way in p["setting"])
+        kept = [(r, y) for r, y in points if y >= points[0][1] - 5]
+        weigh = [y * min(math.exp(-3 * (1 - y / best)), 1) if best else 0.0 for _, y in kept]
+        expected = kept[0][0] * kept[0][1]
+        for i in range(1, len(kept)):
+            expected += (kept[i][0] - kept[i - 1][0]) * (weigh[i] + weigh[i - 1]) / 2
+        assert area == pytest.approx(expected), way
+    assert "AUP of tiny_written: steps" in out and "the parent" in out
+    assert "tiny_written, 4 examples: what writing more tokens per pass costs" in page
+
+
+def test_without_a_sweep_no_task_is_written_twice(call, run, written):
+    flags = [flag for flag in written if flag != "--sweep"]
+    assert call("eval", run, *flags)[0] == 0
+    assert report_of(run)["task_curves"] == [] and len(list((run / "eval" / "parts").glob("task-*"))) == 1
+
+
+def test_an_interrupted_sweep_of_a_task_writes_no_setting_twice(call, run, written, monkeypatch):
+    """Stopped in the fourth of eight; the parent's answers and the other settings are left."""
+    import lm_eval
+
+    real, asked = lm_eval.simple_evaluate, []
+
+    def stopped(model, **rest):
+        asked.append(dict(vars(model).get("decoding", {"parent": True})))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(model, **rest)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stopped)
+    code, _, err = call("eval", run, *written)
+    assert code == 130 and "goes on from there" in err and not (run / "eval" / "report.json").exists()
+    assert call("eval", run, *written)[0] == 0
+    finished = [*asked[:3], *asked[4:]]
+    assert len(finished) == 9 and all(finished.count(each) == 1 for each in finished) and asked[4] == asked[3]
 
 
 def test_an_unknown_task_names_the_nearest_and_measures_nothing(call, run):

@@ -71,7 +71,7 @@ def test_exact_match_leaves_out_what_it_is_told():
     assert metric.compute(**texts, regexes_to_ignore=["T|t", r"\."]) == {"exact_match": 0.5}
 
 
-# ----------------------------------------------------------------------------------------------------- as a user has it
+# ---------------------------------------------------------------------------------------------------- as a user has it
 
 
 def test_every_script_is_a_metric_that_evaluate_loads_by_path():
