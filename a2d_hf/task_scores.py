@@ -8,11 +8,12 @@ through the harness' own `HFLM`, the conversion through lm_eval_model.py's subcl
 import argparse
 import logging
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .lm_eval_cli import check_tasks, register
+from .lm_eval_cli import check_tasks, explained_rows, register
 
 
 NUMBERS = ("sample_len", "alias", "name", "sample_count")  # what stands among the metrics and is none
@@ -23,7 +24,8 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     The tasks of `--tasks`, checked before anything is measured.
 
     Raises:
-        [`BadInput`]: the harness is not installed, or has no such task (with the nearest names).
+        [`BadInput`]: the harness is not installed, has no such task (with the nearest names), or cannot read the data
+            of one of `include_path`.
     """
     try:
         register()
@@ -35,7 +37,27 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     if include_path is not None and not include_path.is_dir():
         raise BadInput(f"--include-path {include_path} is not a folder.")
     check_tasks(argparse.Namespace(tasks=names, include_path=None if include_path is None else str(include_path)))
+    if include_path is not None:  # a user's own task: better found out now than behind an hour of measuring
+        _load(names, include_path)
     return names
+
+
+def _load(names: list[str], include_path: Path) -> None:
+    from lm_eval.tasks import get_task_dict
+
+    _quiet()
+    try:
+        get_task_dict(names, _manager(include_path))
+    except (Exception, SystemExit) as error:  # whatever the task's own code raises
+        raise BadInput(f"--tasks {','.join(names)} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+@cache
+def _manager(include_path: Path | None) -> Any:
+    """Reading the harness' thousands of task files takes seconds: once is enough."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if include_path is None else str(include_path))
 
 
 def diffusion_answers(
@@ -76,20 +98,20 @@ def score(
         and scored by their likelihood); one entry per metric.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=answers,
-        tasks=[task],
-        task_manager=TaskManager(include_path=None if include_path is None else str(include_path)),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with explained_rows():
+        found = simple_evaluate(
+            model=answers,
+            tasks=[task],
+            task_manager=_manager(include_path),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     rows = []
     for name, results in found["results"].items():
         config, new_tokens = found.get("configs", {}).get(name, {}), None

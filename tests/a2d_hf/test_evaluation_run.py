@@ -5,8 +5,11 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch
 from a2d_hf import evaluate, evaluation_subject
 from a2d_hf.cli import main
 from a2d_hf.evaluation_run import EvaluationSettings
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
 
 
 STORY = "The quick dog jumps over the lazy fox.\nA model reads from left to right, one word at a time.\n\n"
@@ -227,6 +230,18 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(call, run, monke
     assert call("eval", run, *QUICK)[0] == 0
 
 
+def test_a_file_that_may_grow_no_further_is_one_sentence(run):
+    """The system's own refusal, in a process of its own: a part larger than the limit is not left behind half."""
+    command = [sys.executable, "-m", "a2d_hf.cli", "eval", str(run), *QUICK, "--device", "cpu"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, cwd=REPOSITORY)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("a2d: error:") == 1 and "No space left to write" in done.stderr
+    assert not (run / "eval" / "report.json").exists() and (run / "manifest.json").is_file()
+    for file in (run / "eval").rglob("*.json*"):
+        assert not file.name.startswith(".") and (file.suffix != ".json" or json.loads(file.read_text()))
+
+
 def test_a_parent_that_is_gone_leaves_the_rest(call, run, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["source"]["path"] = str(tmp_path / "gone")
@@ -354,6 +369,25 @@ def test_an_unknown_task_names_the_nearest_and_measures_nothing(call, run):
     pytest.importorskip("lm_eval")
     code, _, err = call("eval", run, "--tasks", "arc_eazy", *QUICK)
     assert code == 2 and "arc_easy" in err and not (run / "eval" / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"file": "nowhere.jsonl"}, "--tasks tiny_choice cannot be loaded"),
+        ({"task: tiny_choice": "output: x"}, "--tasks tiny_choice is not a task"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_said_before_anything_is_measured(call, run, tmp_path, change, told):
+    pytest.importorskip("lm_eval")
+    text = TASK.format(file=change.pop("file", tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "choices": ["b", "c"], "gold": 0}\n')
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny_choice.yaml").write_text(text)
+    code, _, err = call("eval", run, "--tasks", "tiny_choice", "--include-path", tmp_path / "tasks", *QUICK)
+    assert code == 2 and told in err and "Traceback" not in err and not (run / "eval" / "parts").exists()
 
 
 @pytest.mark.parametrize(
