@@ -257,8 +257,14 @@ class Subject:
 
         decides = {"likelihood": settings.likelihood, "mc_num": settings.mc_num, "protocol": settings.protocol_key}
         # A task has a text of its own.
-        decides |= {"model": self.fingerprint, "decoding": decoding}
-        return self.parts.get(f"task-{name}", decides, measure)["report"]
+        decides |= {"model": self.fingerprint, "decoding": decoding, **_task_key(name)}
+        return self.parts.get(f"task-{Path(name).stem}", decides, measure)["report"]
+
+
+def _task_key(name: str) -> dict[str, Any]:
+    """What decides a task: its name, and where that is a file, what is in it."""
+    path = Path(name)
+    return {"task": name, "file": path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") else None}
 
 
 class Parent:
@@ -376,5 +382,5 @@ class Parent:
             answers = task_scores.parent_answers(model, tokenizer, batch_size=self.settings.batch_size)
             return {"report": task_scores.score(answers, name, **self.settings.protocol)}
 
-        decides = {"protocol": self.settings.protocol_key, "model": self.sha256}
-        return self.parts.get(f"parent-task-{name}", decides, measure)["report"]
+        decides = {"protocol": self.settings.protocol_key, "model": self.sha256, **_task_key(name)}
+        return self.parts.get(f"parent-task-{Path(name).stem}", decides, measure)["report"]

@@ -37,19 +37,26 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     if include_path is not None and not include_path.is_dir():
         raise BadInput(f"--include-path {include_path} is not a folder.")
     check_tasks(argparse.Namespace(tasks=names, include_path=None if include_path is None else str(include_path)))
+    if any("*" in name for name in names):
+        names = list(dict.fromkeys(one for name in names for one in _matching(name, include_path)))
     if include_path is not None:  # a user's own task: better found out now than behind an hour of measuring
         _load(names, include_path)
     return names
+
+
+def _matching(name: str, include_path: Path | None) -> list[str]:
+    return _manager(include_path).match_tasks([name]) if "*" in name else [name]
 
 
 def _load(names: list[str], include_path: Path) -> None:
     from lm_eval.tasks import get_task_dict
 
     _quiet()
-    try:
-        get_task_dict(names, _manager(include_path))
-    except (Exception, SystemExit) as error:  # whatever the task's own code raises
-        raise BadInput(f"--tasks {','.join(names)} cannot be loaded: {' '.join(str(error).split())}") from error
+    for name in names:
+        try:
+            get_task_dict([name], _manager(include_path))
+        except (Exception, SystemExit) as error:  # whatever the task's own code raises
+            raise BadInput(f"--tasks {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 @cache

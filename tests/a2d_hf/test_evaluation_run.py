@@ -339,6 +339,18 @@ def test_a_written_task_is_swept_and_its_areas_are_the_definition(call, run, wri
     assert "tiny_written, 4 examples: what writing more tokens per pass costs" in page
 
 
+def test_tasks_by_pattern_and_by_file(call, run, written, tmp_path):
+    file = tmp_path / "tasks" / "tiny_written.yaml"
+    flags = [flag for flag in written if flag != "--sweep"]
+    flags[1] = f"tiny_wr*,{file}"
+    code, _, err = call("eval", run, *flags)
+    assert code == 0, err
+    first, second = report_of(run)["tasks"]
+    assert first == second and first["task"] == "tiny_written"
+    file.write_text(file.read_text().replace("max_gen_toks: 8", "max_gen_toks: 2"))
+    assert call("eval", run, *flags)[0] == 0 and report_of(run)["tasks"][1]["new_tokens"] == 2
+
+
 def test_without_a_sweep_no_task_is_written_twice(call, run, written):
     flags = [flag for flag in written if flag != "--sweep"]
     assert call("eval", run, *flags)[0] == 0
