@@ -13,13 +13,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import lm_eval_presets as presets
 from .atomic_files import explained_writes
 from .console import Console
 from .errors import A2DError, BadInput, SaveFailed
 from .local_metrics import register_rouge
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 MODEL = "a2d"
@@ -227,9 +233,7 @@ def check_tasks(known: argparse.Namespace) -> None:
     asked = [name for word in known.tasks or [] for name in word.split(",") if name]
     if not asked:
         return
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=known.include_path)
+    manager = task_manager(known.include_path)
     for name in asked:
         if name.endswith((".yaml", ".yml")):
             if "*" not in name:
@@ -240,6 +244,14 @@ def check_tasks(known: argparse.Namespace) -> None:
         near = difflib.get_close_matches(name, manager.all_tasks, n=NAMED_AT_MOST, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "`a2d-lm-eval ls tasks` lists them"
         raise BadInput(f"--tasks {name} is not a task: {hint}.")
+
+
+@cache
+def task_manager(include_path: str | None) -> "TaskManager":
+    """The harness' own. It reads thousands of task files, which takes seconds: once is enough."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def check_task_file(path: Path) -> None:

@@ -8,12 +8,11 @@ through the harness' own `HFLM`, the conversion through lm_eval_model.py's subcl
 import argparse
 import logging
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .lm_eval_cli import check_tasks, explained_rows, register
+from .lm_eval_cli import check_tasks, explained_rows, register, task_manager
 
 
 NUMBERS = ("sample_len", "alias", "name", "sample_count")  # what stands among the metrics and is none
@@ -59,12 +58,8 @@ def _load(names: list[str], include_path: Path) -> None:
             raise BadInput(f"--tasks {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-@cache
 def _manager(include_path: Path | None) -> Any:
-    """Reading the harness' thousands of task files takes seconds: once is enough."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    return task_manager(None if include_path is None else str(include_path))
 
 
 def diffusion_answers(

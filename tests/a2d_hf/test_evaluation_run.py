@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from a2d_hf import evaluate, evaluation_subject
+from a2d_hf import evaluate, evaluation_subject, lm_eval_cli, task_scores
 from a2d_hf.cli import main
 from a2d_hf.evaluation_run import EvaluationSettings
 from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
@@ -252,8 +252,7 @@ def test_a_parent_that_is_gone_leaves_the_rest(call, run, tmp_path):
     assert "could not be measured" in (run / "eval" / "report.html").read_text()
 
 
-def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
+def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, own_tasks, monkeypatch):
     rows = [{"q": f"the {w}", "choices": [" dog", " fox", " model"], "gold": i % 3} for i, w in enumerate("abcdef")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     (tmp_path / "tasks").mkdir()
@@ -302,9 +301,21 @@ metadata:
 
 
 @pytest.fixture
-def written(tmp_path):
-    """Flags for a task whose answers are written; what is right shares words with all that the tokenizer knows."""
+def own_tasks(monkeypatch):
+    """Only the task files of `--include-path`: reading the harness' own takes ten seconds."""
     pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    def manager(include_path):
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    for place in (lm_eval_cli, task_scores):
+        monkeypatch.setattr(place, "task_manager", manager)
+
+
+@pytest.fixture
+def written(tmp_path, own_tasks):
+    """Flags for a task whose answers are written; what is right shares words with all that the tokenizer knows."""
     words = "the quick brown fox jumps over lazy dog a model reads from left to right one word at time"
     rows = [{"q": f"{word} fox", "a": words} for word in words.split()[:4]]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
@@ -390,8 +401,9 @@ def test_an_unknown_task_names_the_nearest_and_measures_nothing(call, run):
         ({"task: tiny_choice": "output: x"}, "--tasks tiny_choice is not a task"),
     ],
 )
-def test_a_task_that_cannot_be_loaded_is_said_before_anything_is_measured(call, run, tmp_path, change, told):
-    pytest.importorskip("lm_eval")
+def test_a_task_that_cannot_be_loaded_is_said_before_anything_is_measured(
+    call, run, tmp_path, own_tasks, change, told
+):
     text = TASK.format(file=change.pop("file", tmp_path / "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text('{"q": "a", "choices": ["b", "c"], "gold": 0}\n')
     for old, new in change.items():

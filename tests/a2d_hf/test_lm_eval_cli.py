@@ -49,6 +49,7 @@ def call(capsys, monkeypatch, checkpoint):
 
     real = tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **kwargs: real(**(kwargs | {"include_defaults": False})))
+    monkeypatch.setattr(lm_eval_cli, "task_manager", lm_eval_cli.task_manager.__wrapped__)
 
     # Its log handler would outlive the stream that pytest gave it.
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
