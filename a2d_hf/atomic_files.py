@@ -17,8 +17,11 @@ from .errors import A2DError, SaveFailed
 
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors wraps the system's message; torch.save has lost it by the time it complains.
-NO_SPACE_PHRASES = ("No space left on device", "StorageFull", "QuotaExceeded", "PytorchStreamWriter failed writing")
+# safetensors wraps the system's message, sqlite has its own; torch.save has lost it by the time it complains.
+NO_SPACE_PHRASES = (
+    "No space left on device", "StorageFull", "QuotaExceeded", "PytorchStreamWriter failed writing",
+    "database or disk is full",
+)  # fmt: skip
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 

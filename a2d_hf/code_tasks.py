@@ -1,7 +1,7 @@
 """HumanEval, MBPP and HumanEval-infilling: reading the problems, writing the programs, scoring them.
 
 Owns how a problem becomes a prompt and a completion a program, and the file of what has been written, to which each
-problem is appended as soon as it is done. Scores are those of `evaluate` with the metric script beside this file.
+problem is appended as soon as it is done. Scores are those of `evaluate` with the metrics of local_metrics.py.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .atomic_files import explained_writes
 from .code_execution import Limits
 from .errors import BadInput
+from .local_metrics import load_metric
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 
 TASKS = ("humaneval", "mbpp", "humaneval-infilling")
-METRIC = Path(__file__).with_name("metric_code_eval.py")
 FIELDS = {
     "humaneval": ("task_id", "prompt", "test", "entry_point"),
     "humaneval-infilling": ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
@@ -241,10 +241,7 @@ def score(
     Returns:
         `tuple`: pass@k, and for each problem how each of its programs ended.
     """
-    import evaluate
-
-    metric = evaluate.load(str(METRIC))
-    found = metric.compute(
+    found = load_metric("code_eval").compute(
         predictions=[[problem.program(text) for text in completions[problem.name]] for problem in problems],
         references=[problem.tests for problem in problems],
         k=list(ks),
@@ -254,3 +251,20 @@ def score(
     )
     results = found.pop("results")
     return found, {problem.name: each for problem, each in zip(problems, results, strict=True)}
+
+
+def exact_match(problems: Sequence[Problem], completions: dict[str, list[str]]) -> float:
+    """
+    Share of completions that are the text that was taken out, white space at the end aside. Runs nothing.
+
+    Args:
+        problems (`Sequence[Problem]`): of infilling, with `given`.
+        completions (`dict[str, list[str]]`): of each by name.
+    """
+    pairs = [(text, problem.given) for problem in problems for text in completions[problem.name]]
+    found = load_metric("exact_match").compute(
+        predictions=[text for text, _ in pairs],
+        references=[given for _, given in pairs],
+        regexes_to_ignore=[r"\s+\Z"],
+    )
+    return found["exact_match"]

@@ -132,5 +132,36 @@ def accuracy_curve(report: dict[str, Any], other: dict[str, Any] | None) -> Mark
     return figure(
         chart,
         f"The same gaps of {length} tokens, filled with fewer and fewer passes. AUP, the weighted area under this "
-        f"curve (higher is better): {areas}.",
+        f"curve: {areas}. Higher is better between curves of like height; a low, flat one has an area too.",
     )
+
+
+def task_curve(curve: dict[str, Any]) -> Markup:
+    """Accuracy of a task against tokens per pass, the parent as a level, with its table."""
+    points, theirs = curve["points"], curve["parent_value"]
+    levels = [] if theirs is None else [Level(f"the parent {100 * theirs:.1f}", 100 * theirs, 1)]
+    chart = line_chart(
+        _settings_drawn(points, [100 * point["value"] for point in points]), levels=levels,
+        x_label="tokens per forward pass", y_label=f"{curve['metric']}, %",
+        alt=f"{curve['task']}: {curve['metric']} against tokens per forward pass, the parent as a level.",
+    )  # fmt: skip
+    rows = [
+        (point["name"], f"{point['tokens_per_forward']:.2f}", _share(point["value"], point["stderr"]))
+        for point in points
+    ]
+    if theirs is not None:
+        rows.append(("the parent, left to right", "1.00", _share(theirs, curve["parent_stderr"])))
+    areas = ", ".join(f"{way} {area:.1f}" for way, area in curve["aup"].items())
+    return join(
+        figure(
+            chart,
+            f"{curve['task']}, {curve['examples']} examples: what writing more tokens per pass costs. The line joins "
+            f"fixed numbers of steps; single marks are thresholds. AUP, the weighted area under each: {areas}. A low, "
+            "flat curve has an area too: read it with its first point.",
+        ),
+        table(("Setting", "tokens per pass", f"{curve['metric']} ± standard error"), rows),
+    )
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" + ("" if error is None else f"\u00a0±\u00a0{100 * error:.1f}") + "\u00a0%"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from .denoising_picture import Denoising, denoising_grid, denoising_legend, denoising_text
-from .evaluation_charts import accuracy_curve, masked_chart, speed
+from .evaluation_charts import accuracy_curve, masked_chart, speed, task_curve
 from .report import (
     Level,
     Section,
@@ -102,8 +102,8 @@ def _tiles(report: dict[str, Any], timings: dict[str, Any]) -> list[Tile]:
         point, clock = max(pairs, key=lambda pair: pair[1]["tokens_per_second"])
         ratio = clock["tokens_per_second"] / timings["parent_throughput"]["tokens_per_second"]
         own = report["throughput"]["parent"]["parent_nll"]
-        cost = f"its text {point['parent_nll']:.2f} nats under the parent, whose own is {own:.2f}"
-        tiles.append(Tile(f"{ratio:.2g}×", f"the parent's speed with {point['name']}: {cost}"))
+        cost = f"the parent finds that text {point['parent_nll']:.2f} nats per token unlikely, its own {own:.2f}"
+        tiles.append(Tile(f"{ratio:.2g}×", f"the parent's speed when it writes with {point['name']}; {cost}"))
     return tiles
 
 
@@ -134,10 +134,17 @@ def _likelihood(report: dict[str, Any]) -> Markup:
         rows.append((f"parent {parent['name']}, NLL (exact)", _pm(nll["nats_per_token"], nll["standard_error"])))
         rows.append(("difference, text by text", _pm(gap["nats_per_token"], gap["standard_error"])))
     notes = [
-        "How surprised a model is by each token of text that it was not trained on: 0 would be never. The two numbers "
-        "are of different kinds: the diffusion model's is a bound, averaged over all orders in which a text could be "
-        "filled in, most of them harder than left to right."
+        "How surprised a model is by each token of text that it was not trained on (the negative log-likelihood, NLL, "
+        "in nats): 0 would be never. The two numbers are of different kinds: the diffusion model's is a bound, "
+        "averaged over all orders in which a text could be filled in, most of them harder than left to right."
     ]
+    if parent["available"]:
+        worse = report["gap"]["nats_per_token"]
+        notes.append(
+            f"So the conversion cost at most {worse:.2f} nats per token on this text, give or take its standard error."
+            if worse > 0
+            else "So the conversion cost nothing that this text shows: even the bound is not above the parent."
+        )
     if not parent["available"]:
         notes.append(f"The parent could not be measured: {parent['reason']}.")
     return join(paragraphs(*notes), table(("", "nats per token ± standard error"), rows))
@@ -253,6 +260,7 @@ def _tasks(report: dict[str, Any]) -> Markup:
             "standard errors or so may be chance, and so may a score that near to guessing."
         ),
         table(("Task", "metric", "conversion", "parent", "examples", "shots"), rows),
+        *[task_curve(curve) for curve in report["task_curves"]],
     )
 
 

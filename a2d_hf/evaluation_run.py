@@ -239,6 +239,9 @@ def _measured(subject: Subject, parent: Parent | None, timings: dict[str, Any]) 
     swept = subject.sweep() if settings.sweep else None
     curve = subject.infilling_curve() if settings.sweep else []
     scores = {name: subject.task(name) for name in settings.tasks}
+    swept_tasks = {name: _swept_task(subject, name, scores[name]) for name in settings.tasks if settings.sweep}
+    beside = {name: _side_by_side(scores[name], name, parent) for name in settings.tasks}
+    curves = [_task_curve(beside[name][0], points) for name, points in swept_tasks.items() if points]
 
     gap = None
     if parent is not None:
@@ -256,7 +259,8 @@ def _measured(subject: Subject, parent: Parent | None, timings: dict[str, Any]) 
         "masked_accuracy": masked,
         "infilling": _infilling(filled, text, parent),
         "throughput": swept and _throughput(subject, swept, curve, parent, timings),
-        "tasks": [line for name in settings.tasks for line in _side_by_side(scores[name], name, parent)],
+        "tasks": [line for name in settings.tasks for line in beside[name]],
+        "task_curves": curves,
         "samples": written,
     }
 
@@ -323,6 +327,35 @@ def _side_by_side(scores: list[dict[str, Any]], name: str, parent: Parent | None
         value, error = theirs.get("value"), theirs.get("stderr")
         lines.append(line | {"parent_value": value, "parent_stderr": error})
     return lines
+
+
+def _swept_task(subject: Subject, name: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A task at every setting, where its answers are written and its metric is a share; not a group of tasks."""
+    if not lines or lines[0]["new_tokens"] is None or len({line["task"] for line in lines}) > 1:
+        return []
+    if lines[0]["value"] is None or not 0 <= lines[0]["value"] <= 1:
+        return []
+    return subject.task_curve(name, lines[0]["new_tokens"])
+
+
+def _task_curve(line: dict[str, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first metric of a task against tokens per forward, with an AUP for each way to write faster."""
+    found = [
+        {"name": point["name"], "setting": point["setting"], "tokens_per_forward": point["tokens_per_forward"]}
+        | {key: point["lines"][0][key] for key in ("value", "stderr")}
+        for point in points
+    ]
+    drawn = {
+        way: [(p["tokens_per_forward"], 100 * p["value"]) for p in found if way in p["setting"]]
+        for way in ("steps", "threshold")
+    }
+    # One yardstick for both ways, so that their areas can be compared.
+    best = max(y for each in drawn.values() for _, y in each)
+    return {
+        **{key: line[key] for key in ("task", "metric", "examples", "new_tokens", "parent_value", "parent_stderr")},
+        "points": found,
+        "aup": {way: aup(each, best) for way, each in drawn.items()},
+    }
 
 
 def report_folder(found: ConvertedModel, out: Path | None) -> Path | None:

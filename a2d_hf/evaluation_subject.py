@@ -231,22 +231,40 @@ class Subject:
 
     def task(self, name: str) -> list[dict[str, Any]]:
         """The numbers of one lm-eval task."""
+        return self._asked(name, {})["lines"]
+
+    def task_curve(self, name: str, new_tokens: int) -> list[dict[str, Any]]:
+        """The same task, its answers of up to `new_tokens` tokens written at every setting of the sweep."""
+        return [
+            {"name": throughput.setting_name(setting), "setting": setting, **self._asked(name, setting)}
+            for setting in throughput.settings(new_tokens)
+        ]
+
+    def _asked(self, name: str, decoding: dict[str, Any]) -> dict[str, Any]:
         from . import task_scores
 
-        settings = self.settings
+        settings, suffix = self.settings, f", {throughput.setting_name(decoding)}" if decoding else ""
 
         def measure() -> dict[str, Any]:
             model, tokenizer = self.load()
-            self.console.step(f"{name}: {self.label}")
+            self.console.step(f"{name}: {self.label}{suffix}")
             answers = task_scores.diffusion_answers(
                 model, tokenizer, likelihood=settings.likelihood, mc_num=settings.mc_num, seed=settings.seed,
-                batch_size=settings.batch_size,
+                batch_size=settings.batch_size, **decoding,
             )  # fmt: skip
-            return {"report": task_scores.score(answers, name, **settings.protocol)}
+            lines = task_scores.score(answers, name, **settings.protocol)
+            return {"report": {"lines": lines, "tokens_per_forward": answers.tokens_per_forward}}
 
         decides = {"likelihood": settings.likelihood, "mc_num": settings.mc_num, "protocol": settings.protocol_key}
         # A task has a text of its own.
-        return self.parts.get(f"task-{name}", decides | {"model": self.fingerprint}, measure)["report"]
+        decides |= {"model": self.fingerprint, "decoding": decoding, **_task_key(name)}
+        return self.parts.get(f"task-{Path(name).stem}", decides, measure)["report"]
+
+
+def _task_key(name: str) -> dict[str, Any]:
+    """What decides a task: its name, and where that is a file, what is in it."""
+    path = Path(name)
+    return {"task": name, "file": path.read_text(encoding="utf-8") if path.suffix in (".yaml", ".yml") else None}
 
 
 class Parent:
@@ -364,5 +382,5 @@ class Parent:
             answers = task_scores.parent_answers(model, tokenizer, batch_size=self.settings.batch_size)
             return {"report": task_scores.score(answers, name, **self.settings.protocol)}
 
-        decides = {"protocol": self.settings.protocol_key, "model": self.sha256}
-        return self.parts.get(f"parent-task-{name}", decides, measure)["report"]
+        decides = {"protocol": self.settings.protocol_key, "model": self.sha256, **_task_key(name)}
+        return self.parts.get(f"parent-task-{Path(name).stem}", decides, measure)["report"]

@@ -8,14 +8,24 @@ the harness' own command line.
 import argparse
 import difflib
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import lm_eval_presets as presets
+from .atomic_files import explained_writes
 from .console import Console
 from .errors import A2DError, BadInput, SaveFailed
+from .local_metrics import register_rouge
+
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 MODEL = "a2d"
@@ -32,12 +42,13 @@ NEEDED = {
 
 
 def register() -> None:
-    """Makes `a2d` a model of the harness; the built-in ones stay."""
+    """Makes `a2d` a model of the harness and `rouge` a metric; the built-in ones stay."""
     import lm_eval.models  # noqa: F401  registers the built-in models, which the harness does only where none is there
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
         model_registry.register(MODEL, target=TARGET)
+    register_rouge()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,13 +92,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_harness(argv: Sequence[str]) -> None:
-    """One run of the harness, its tasks checked and its cache named."""
+    """
+    One run of the harness, its tasks checked, its cache named, and its results seen to be there.
+
+    Raises:
+        [`SaveFailed`]: no space for the cache or the results.
+        [`BadInput`]: a row without a field that its task reads.
+    """
     known = _known(argv)
     check_tasks(known)
     sys.argv = ["a2d-lm-eval", *with_own_cache(argv, known)]
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    before = _results(known.output_path)
+    with explained_writes(Path(known.output_path or known.use_cache or "the results")), explained_rows():
+        cli_evaluate()
+    # The harness says in its log that it could not save, and ends as if it had.
+    if known.output_path is not None and known.tasks and int(os.environ.get("RANK", "0")) == 0:
+        check_saved(Path(known.output_path), _results(known.output_path) - before)
+
+
+def _results(output_path: str | None) -> set[Path]:
+    """The files of results that are there."""
+    if output_path is None:
+        return set()
+    place = Path(output_path)
+    # The harness takes a name that ends in .json for the beginning of a file's name.
+    return set(place.parent.glob(f"{place.stem}_*.json") if place.suffix == ".json" else place.rglob("results_*.json"))
+
+
+def check_saved(place: Path, found: set[Path]) -> None:
+    """Raises [`SaveFailed`] where a run left no results, or half of them, which are then removed."""
+    whole = False
+    for file in found:
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+            whole = True
+        except ValueError:
+            file.unlink()
+    if not whole:
+        raise SaveFailed(
+            f"The results could not be written to {place}: free some space on that disk, or give another "
+            "--output_path, and run the command again (with --use_cache PATH, nothing is asked twice)."
+        )
+
+
+@contextmanager
+def explained_rows() -> Iterator[None]:
+    """Turns what the harness raises for a row without a field into [`BadInput`]."""
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except UndefinedError as error:
+        raise BadInput(f"--tasks: a row of the data has no field that its task file reads: {error}.") from error
 
 
 def run_preset(preset: argparse.Namespace, rest: list[str], console: Console) -> int:
@@ -159,6 +217,7 @@ def _known(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", "-t", nargs="+")
     parser.add_argument("--include_path")
     parser.add_argument("--use_cache", "-c")
+    parser.add_argument("--output_path", "-o")
     parser.add_argument("--model", "-M")
     parser.add_argument("--model_args", "-a", nargs="+")
     parser.add_argument("--config", "-C")
@@ -174,9 +233,7 @@ def check_tasks(known: argparse.Namespace) -> None:
     asked = [name for word in known.tasks or [] for name in word.split(",") if name]
     if not asked:
         return
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=known.include_path)
+    manager = task_manager(known.include_path)
     for name in asked:
         if name.endswith((".yaml", ".yml")):
             if "*" not in name:
@@ -187,6 +244,14 @@ def check_tasks(known: argparse.Namespace) -> None:
         near = difflib.get_close_matches(name, manager.all_tasks, n=NAMED_AT_MOST, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "`a2d-lm-eval ls tasks` lists them"
         raise BadInput(f"--tasks {name} is not a task: {hint}.")
+
+
+@cache
+def task_manager(include_path: str | None) -> "TaskManager":
+    """The harness' own. It reads thousands of task files, which takes seconds: once is enough."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def check_task_file(path: Path) -> None:

@@ -5,10 +5,9 @@ Owns the translation between the harness' requests and this project's likelihood
 Likelihoods are likelihood.py's, decoding is the model's own `diffusion_generate`.
 """
 
-import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ LIKELIHOODS = (NELBO, TOKEN_BY_TOKEN, CAUSAL)
 # What a call of the decoder may be told; the harness decides the rest itself.
 NOT_FOR_A_TASK = {"max_length", "max_new_tokens", "return_dict_in_generate", "num_return_sequences", "stop_strings"}
 DECODING_FIELDS = {*DIFFUSION_FIELDS, *SHARED_FIELDS} - NOT_FOR_A_TASK
+ROWS_AT_ONCE = 4096  # forward rows that are planned together
 # Ways of HFLM to load a model that make no sense for one that was converted.
 FOREIGN = ("delta", "autogptq", "gptqmodel", "gguf_file")
 
@@ -84,7 +84,8 @@ class A2DLM(HFLM):
         self.likelihood, self.mc_num, self.mc_seed, self.check_greedy = likelihood, mc_num, mc_seed, check_greedy
         self.decoding = {name: kwargs.pop(name) for name in list(kwargs) if name in DECODING_FIELDS}
         self._bits = 4 if load_in_4bit else 8 if load_in_8bit else None
-        self.num_forwards = self.num_new_tokens = 0
+        self.num_forwards = self.num_new_tokens = self.num_answers = 0
+        self._tokens_per_forward = 0.0  # of all answers together
         kwargs["backend"] = "causal"
         # HFLM asks for CUDA unless told otherwise; a machine without one gets its CPU.
         kwargs.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -128,18 +129,15 @@ class A2DLM(HFLM):
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if self.likelihood == CAUSAL:  # the harness' own way, on the parent's own logits
+            for _, _, continuation in requests:
+                self._check_room(continuation, self.max_length - len(continuation) + 1)
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         wanted = [self._request(context, continuation) for _, context, continuation in requests]
-        batch_size = self._rows(override_bs)
-        found = self._likelihoods(wanted, batch_size, disable_tqdm)
-        if self.likelihood == TOKEN_BY_TOKEN:
-            greedy = [bool(one.is_greedy) for one in found]
-        else:
-            greedy = self._decoded_exactly(wanted, batch_size) if self.check_greedy else [False] * len(wanted)
-        answers = [(one.log_likelihood, match) for one, match in zip(found, greedy, strict=True)]
-        for (key, _, _), answer in zip(requests, answers, strict=True):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answer)
+        answers = [(0.0, False)] * len(wanted)
+        for index, value, match in self._answers(wanted, self._rows(override_bs), disable_tqdm, self.check_greedy):
+            answers[index] = (value, match)
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -147,11 +145,15 @@ class A2DLM(HFLM):
         if self.likelihood == CAUSAL:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         windows = [self._windows(*request.args) for request in requests]
-        found = iter(self._likelihoods([one for text in windows for one in text], self._rows(), disable_tqdm))
-        totals = [math.fsum(one.log_likelihood for one in itertools.islice(found, len(text))) for text in windows]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+        places = [number for number, text in enumerate(windows) for _ in text]
+        found: list[list[float]] = [[] for _ in requests]
+        wanted = [one for text in windows for one in text]
+        for index, value, _ in self._answers(wanted, self._rows(), disable_tqdm, check_greedy=False):
+            number = places[index]
+            found[number].append(value)
+            if len(found[number]) == len(windows[number]):
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, math.fsum(found[number]))
+        return [math.fsum(values) for values in found]
 
     def _windows(self, text: str) -> list[likelihoods.Request]:
         tokens = self.tok_encode(text)
@@ -164,30 +166,54 @@ class A2DLM(HFLM):
         rows = override or self.batch_size
         return self.max_batch_size if rows == "auto" else rows
 
-    def _likelihoods(
-        self, wanted: Sequence[likelihoods.Request], batch_size: int, disable_tqdm: bool
-    ) -> list[likelihoods.Likelihood]:
-        """By the Monte-Carlo bound, or token by token."""
-        with tqdm(desc=f"likelihood ({self.likelihood}), forward rows", disable=disable_tqdm or self.rank != 0) as bar:
-            if self.likelihood == TOKEN_BY_TOKEN:
-                return likelihoods.token_by_token(self.a2d, wanted, batch_size=batch_size, advance=bar.update)
-            return likelihoods.nelbo(
-                self.a2d,
-                wanted,
-                mc_num=self.mc_num,
-                seed=self.mc_seed,
-                batch_size=batch_size,
-                advance=bar.update,
-            )
+    def _answers(
+        self, wanted: Sequence[likelihoods.Request], batch_size: int, disable_tqdm: bool, check_greedy: bool
+    ) -> Iterator[tuple[int, float, bool]]:
+        """
+        Number, log-likelihood and whether greedy decoding writes it, of each request as soon as it is known: the cache
+        then holds what an interrupted run has done. The longest come first, so that memory runs out at once or never,
+        and a few at a time: all rows of a large task together would not fit into memory.
+        """
+        token_by_token = self.likelihood == TOKEN_BY_TOKEN
+        decode = check_greedy and not token_by_token
+        rows = [len(one.scored) if token_by_token else min(self.mc_num, 2 ** len(one.scored) - 1) for one in wanted]
+        # The bar counts tokens that are read: a long request weighs more than a short one, so its estimate holds.
+        work = [
+            len(one.input_ids) * (count + decode * len(one.scored)) for one, count in zip(wanted, rows, strict=True)
+        ]
+        order = sorted(range(len(wanted)), key=lambda i: (-len(wanted[i].scored), -len(wanted[i].input_ids)))
+        size = max(1, ROWS_AT_ONCE // max(rows, default=1))
+        with tqdm(
+            desc=f"{len(wanted)} requests, likelihood ({self.likelihood})", total=sum(work), unit=" tokens",
+            unit_scale=True, disable=disable_tqdm or self.rank != 0,
+        ) as bar:  # fmt: skip
+            for start in range(0, len(order), size):
+                some = order[start : start + size]
+                asked = [wanted[i] for i in some]
+                if token_by_token:
+                    found = likelihoods.token_by_token(self.a2d, asked, batch_size=batch_size)
+                    matches = [bool(one.is_greedy) for one in found]
+                else:
+                    found = likelihoods.nelbo(
+                        self.a2d, asked, mc_num=self.mc_num, seed=self.mc_seed, batch_size=batch_size
+                    )
+                    matches = self._decoded_exactly(asked, batch_size) if decode else [False] * len(asked)
+                yield from ((i, one.log_likelihood, match) for i, one, match in zip(some, found, matches, strict=True))
+                bar.update(sum(work[i] for i in some))
 
     def _request(self, context: list[int], continuation: list[int]) -> likelihoods.Request:
         """Context and continuation, the context cut from the left where both do not fit."""
         room = self.max_length - len(continuation)
+        self._check_room(continuation, room)
+        return likelihoods.Request.continuation(context[-room:], continuation)
+
+    def _check_room(self, continuation: list[int], room: int) -> None:
         if room < 1:
             raise BadInput(
-                f"A continuation of {len(continuation)} tokens does not fit the model's context of {self.max_length}."
+                f"A continuation of {len(continuation)} tokens does not fit the model's context of {self.max_length}: "
+                "give the model argument `max_length` where the model can read more, or leave the example out "
+                "(--samples of a2d-lm-eval)."
             )
-        return likelihoods.Request.continuation(context[-room:], continuation)
 
     def _decoded_exactly(self, wanted: Sequence[likelihoods.Request], batch_size: int) -> list[bool]:
         """Whether decoding, one token per forward and the surest first, writes exactly the continuation."""
@@ -219,6 +245,22 @@ class A2DLM(HFLM):
 
     # ------------------------------------------------------------------------------------------------------ generation
 
+    @property
+    def tokens_per_forward(self) -> float | None:
+        """Mean over the answers that have been written, each by the decoder's own count; `None` before the first."""
+        return self._tokens_per_forward / self.num_answers if self.num_answers else None
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The harness' own, which only asserts that there is room for an answer."""
+        for request in requests:
+            room = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if room >= self.max_length:
+                raise BadInput(
+                    f"A task's answers of up to {room} tokens do not fit the model's context of {self.max_length}: "
+                    "give a lower max_gen_toks (in its task file, or with --gen_kwargs of a2d-lm-eval)."
+                )
+        return super().generate_until(requests, disable_tqdm)
+
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
@@ -237,6 +279,8 @@ class A2DLM(HFLM):
                 **choices,
             )
         self.num_forwards += int(output.num_forwards)
+        self.num_answers += len(context)
+        self._tokens_per_forward += float(output.tokens_per_forward.double().sum())
         pad = self.tokenizer.pad_token_id
         self.num_new_tokens += int((output.sequences[:, context.shape[1] :] != pad).sum())
         return output.sequences
@@ -255,5 +299,6 @@ class A2DLM(HFLM):
                 "decoding": self.decoding,
                 "num_forwards": self.num_forwards,
                 "num_new_tokens": self.num_new_tokens,
+                "tokens_per_forward": self.tokens_per_forward,
             }
         }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .lm_eval_cli import check_tasks, register
+from .lm_eval_cli import check_tasks, explained_rows, register, task_manager
 
 
 NUMBERS = ("sample_len", "alias", "name", "sample_count")  # what stands among the metrics and is none
@@ -23,7 +23,8 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     The tasks of `--tasks`, checked before anything is measured.
 
     Raises:
-        [`BadInput`]: the harness is not installed, or has no such task (with the nearest names).
+        [`BadInput`]: the harness is not installed, has no such task (with the nearest names), or cannot read the data
+            of one of `include_path`.
     """
     try:
         register()
@@ -35,17 +36,42 @@ def task_names(tasks: str, include_path: Path | None) -> list[str]:
     if include_path is not None and not include_path.is_dir():
         raise BadInput(f"--include-path {include_path} is not a folder.")
     check_tasks(argparse.Namespace(tasks=names, include_path=None if include_path is None else str(include_path)))
+    if any("*" in name for name in names):
+        names = list(dict.fromkeys(one for name in names for one in _matching(name, include_path)))
+    if include_path is not None:  # a user's own task: better found out now than behind an hour of measuring
+        _load(names, include_path)
     return names
 
 
-def diffusion_answers(model: Any, tokenizer: Any, *, likelihood: str, mc_num: int, seed: int, batch_size: int) -> Any:
-    """The converted model as the harness sees it."""
+def _matching(name: str, include_path: Path | None) -> list[str]:
+    return _manager(include_path).match_tasks([name]) if "*" in name else [name]
+
+
+def _load(names: list[str], include_path: Path) -> None:
+    from lm_eval.tasks import get_task_dict
+
+    _quiet()
+    for name in names:
+        try:
+            get_task_dict([name], _manager(include_path))
+        except (Exception, SystemExit) as error:  # whatever the task's own code raises
+            raise BadInput(f"--tasks {name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _manager(include_path: Path | None) -> Any:
+    return task_manager(None if include_path is None else str(include_path))
+
+
+def diffusion_answers(
+    model: Any, tokenizer: Any, *, likelihood: str, mc_num: int, seed: int, batch_size: int, **decoding: Any
+) -> Any:
+    """The converted model as the harness sees it; `decoding` are arguments of `diffusion_generate`."""
     from .lm_eval_model import A2DLM
 
     _quiet()
     return A2DLM(
         model, tokenizer=tokenizer, likelihood=likelihood, mc_num=mc_num, mc_seed=seed, batch_size=batch_size,
-        device=str(model.device),
+        device=str(model.device), **decoding,
     )  # fmt: skip
 
 
@@ -70,25 +96,29 @@ def score(
 
     Returns:
         `list[dict]`: `task`, `metric`, `value` and `stderr` (`None` where the harness has none, or an infinite one),
-        `num_fewshot`, `examples`, `version`; one entry per metric.
+        `num_fewshot`, `examples`, `version`, `new_tokens` (most tokens of an answer, `None` where answers are given
+        and scored by their likelihood); one entry per metric.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=answers,
-        tasks=[task],
-        task_manager=TaskManager(include_path=None if include_path is None else str(include_path)),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with explained_rows():
+        found = simple_evaluate(
+            model=answers,
+            tasks=[task],
+            task_manager=_manager(include_path),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     rows = []
     for name, results in found["results"].items():
+        config, new_tokens = found.get("configs", {}).get(name, {}), None
+        if config.get("output_type") == "generate_until":
+            new_tokens = (config.get("generation_kwargs") or {}).get("max_gen_toks", answers.max_gen_toks)
         for key, value in results.items():
             if key in NUMBERS or "_stderr," in key or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
@@ -103,6 +133,7 @@ def score(
                     "num_fewshot": found.get("n-shot", {}).get(name),
                     "examples": found.get("n-samples", {}).get(name, {}).get("effective"),
                     "version": found.get("versions", {}).get(name),
+                    "new_tokens": new_tokens,
                 }
             )
     return rows

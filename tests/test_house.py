@@ -30,8 +30,19 @@ STANDARD = set(sys.stdlib_module_names)
 # What only an extra brings, and the files that are useless without it.
 NEEDS_AN_EXTRA = {
     "matplotlib": {"scripts/bench_conversion.py", "scripts/bench_decoding.py"},
-    "lm_eval": {"a2d_hf/lm_eval_model.py", "a2d_hf/lm_eval_cli.py", "a2d_hf/task_scores.py"},
-    "evaluate": {"a2d_hf/code_tasks.py", "a2d_hf/metric_code_eval.py", "a2d_hf/metric_exact_match.py"},
+    "lm_eval": {
+        "a2d_hf/lm_eval_model.py",
+        "a2d_hf/lm_eval_cli.py",
+        "a2d_hf/local_metrics.py",
+        "a2d_hf/task_scores.py",
+    },
+    "evaluate": {
+        "a2d_hf/local_metrics.py",
+        "a2d_hf/metric_code_eval.py",
+        "a2d_hf/metric_exact_match.py",
+        "a2d_hf/metric_rouge.py",
+    },
+    "rouge_score": {"a2d_hf/metric_rouge.py"},
     "bitsandbytes": {"trainers/model_resolution.py"},
     "tqdm": {"a2d_hf/lm_eval_model.py"},
 }

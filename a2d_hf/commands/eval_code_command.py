@@ -1,7 +1,6 @@
 """`a2d eval-code`: programs written by a converted model, and the share of them that pass their tests."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from ..atomic_files import explained_writes, write_json
@@ -56,12 +55,16 @@ def run(args: argparse.Namespace) -> int:
             raise BadInput(f"{flag} must be above 0, not {value}.")
     if args.samples > 1 and args.temperature == 0:
         raise BadInput(f"--samples {args.samples} would all be the same: give --temperature above 0.")
-    if args.allow_code_execution and importlib.util.find_spec("evaluate") is None:
-        raise BadInput('--allow-code-execution needs the library evaluate: run `pip install "a2d_hf[lm_eval]"`.')
     from ..code_execution import Limits
-    from ..code_tasks import Generations, read_problems, score, write_program
+    from ..code_tasks import Generations, exact_match, read_problems, score, write_program
     from ..converted_model import find_converted, resolve_device
+    from ..local_metrics import check_installed
     from ..source import file_sha256
+
+    infilling = args.task == "humaneval-infilling"
+    for metric, wanted in (("code_eval", args.allow_code_execution), ("exact_match", infilling)):
+        if wanted:
+            check_installed(metric)
 
     problems = read_problems(args.task, args.data)[: args.limit]
     found = find_converted(args.path)
@@ -104,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         **settings,
         "problems": len(problems),
         "executed": args.allow_code_execution,
-        "length": "given" if args.task == "humaneval-infilling" else "written by the model",
+        "length": "given" if infilling else "written by the model",
+        "exact_match": exact_match(problems, kept.done) if infilling else None,
         "pass_at_k": None,
         "results": None,
     }
@@ -117,9 +121,13 @@ def run(args: argparse.Namespace) -> int:
     write_json(out / "report.json", report)
     if args.json:
         console.json(report)
-    elif report["pass_at_k"] is None:
-        console.note("not run: add --allow-code-execution to test what the model wrote")
     else:
-        console.table(["measure", "share of problems"], [[name, value] for name, value in report["pass_at_k"].items()])
+        lines = list((report["pass_at_k"] or {}).items())
+        if infilling:
+            lines.append(("exact_match", report["exact_match"]))
+        if lines:
+            console.table(["measure", "share of problems"], lines)
+        if report["pass_at_k"] is None:
+            console.note("not run: add --allow-code-execution to test what the model wrote")
     console.note(f"written to {out}")
     return 0

@@ -141,6 +141,8 @@ def _show(evaluation: "Evaluation", console: Console) -> None:
                 for line in report["tasks"]
             ],
         )
+    for curve in report["task_curves"]:
+        _show_task_curve(curve, console)
     console.line()
 
 
@@ -171,3 +173,13 @@ def _show_throughput(throughput: dict[str, Any], timings: dict[str, Any], consol
     console.table(["writing", "tokens/forward", "tokens/s", "parent's NLL of it"], lines)
     if throughput["aup"] is not None:
         console.note(f"AUP of filling gaps of {throughput['infilling_curve'][0]['length']}: {throughput['aup']:.1f}")
+
+
+def _show_task_curve(curve: dict[str, Any], console: Console) -> None:
+    lines = [[point[name] for name in ("name", "tokens_per_forward", "value", "stderr")] for point in curve["points"]]
+    if curve["parent_value"] is not None:
+        lines.append(["the parent", 1.0, curve["parent_value"], curve["parent_stderr"]])
+    console.line()
+    console.table([curve["task"], "tokens/forward", curve["metric"], "± s.e."], lines)
+    areas = ", ".join(f"{way} {area:.1f}" for way, area in curve["aup"].items())
+    console.note(f"AUP of {curve['task']}: {areas}")

@@ -3,14 +3,14 @@
 import gzip
 import json
 
-import evaluate
 import pytest
 
 from a2d_hf import code_tasks
 from a2d_hf.cli import main
 from a2d_hf.code_execution import Limits
-from a2d_hf.code_tasks import METRIC, Generations, cut, read_problems, score
+from a2d_hf.code_tasks import Generations, cut, read_problems, score
 from a2d_hf.errors import BadInput
+from a2d_hf.local_metrics import load_metric
 from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
 from tests.conftest import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -106,21 +106,13 @@ def test_the_published_solutions_pass(real_data, name):
 
 
 def test_the_metric_runs_nothing_unless_allowed():
-    metric = evaluate.load(str(METRIC))
+    metric = load_metric("code_eval")
     with pytest.raises(ValueError, match="pass `allow_code_execution=True`"):
         metric.compute(predictions=[["x = 1"]], references=["assert x == 1"])
-    found = evaluate.load(str(METRIC)).compute(
+    found = load_metric("code_eval").compute(
         predictions=[["x = 1", "x = 2"]], references=["assert x == 1"], k=[1, 2, 3], allow_code_execution=True
     )
     assert found["pass@1"] == 0.5 and found["pass@2"] == 1.0 and "pass@3" not in found
-
-
-def test_exact_match_leaves_out_what_it_is_told():
-    metric = evaluate.load(str(METRIC.with_name("metric_exact_match.py")))
-    texts = {"predictions": ["The 42.", "no"], "references": ["the 42", "yes"]}
-    assert metric.compute(**texts) == {"exact_match": 0.0}
-    assert metric.compute(**texts, ignore_case=True, ignore_punctuation=True) == {"exact_match": 0.5}
-    assert metric.compute(**texts, regexes_to_ignore=["T|t", r"\."]) == {"exact_match": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -177,6 +169,25 @@ def test_infilling_is_told_the_length_and_sees_what_stands_behind(checkpoint, tm
     assert int((ids == VOCAB_SIZE - 1).sum()) == length and options["max_new_tokens"] == 0
     after = tokenizer(row["suffix"]).input_ids
     assert ids[0, -len(after) :].tolist() == after
+
+
+def test_infilling_counts_what_is_exactly_the_text_that_was_taken_out(checkpoint, tmp_path, monkeypatch, capsys):
+    rows = [humaneval(i) for i in range(4)]
+    texts = {
+        "HumanEval/0": "    return x + 0\n",
+        "HumanEval/1": "    return x + 1 \n\n",  # white space at the end aside
+        "HumanEval/2": "return x + 2\n",  # not at the beginning, where it means something
+        "HumanEval/3": "    return 3 + x\n",
+    }
+    monkeypatch.setattr(code_tasks, "write_program", lambda model, tokenizer, problem, options: texts[problem.name])
+    data, out = write_rows(tmp_path / "i.jsonl", rows), tmp_path / "out"
+    assert call(checkpoint, data, out, task="humaneval-infilling") == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["exact_match"] == 0.5 and report["pass_at_k"] is None, "nothing was run for it"
+    printed = capsys.readouterr().out
+    assert "exact_match" in printed and "0.500" in printed and "add --allow-code-execution" in printed
+    assert call(checkpoint, data, tmp_path / "other") == 0
+    assert json.loads((tmp_path / "other" / "report.json").read_text())["exact_match"] is None
 
 
 def test_a_prompt_is_never_cut(checkpoint, tmp_path, capsys):

@@ -2,18 +2,22 @@
 
 import errno
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from a2d_hf import evaluate, evaluation_subject
+from a2d_hf import evaluate, evaluation_subject, lm_eval_cli, task_scores
 from a2d_hf.cli import main
 from a2d_hf.evaluation_run import EvaluationSettings
-from tests.conftest import tiny_model, tiny_tokenizer
+from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
 
 
 STORY = "The quick dog jumps over the lazy fox.\nA model reads from left to right, one word at a time.\n\n"
@@ -226,6 +230,18 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(call, run, monke
     assert call("eval", run, *QUICK)[0] == 0
 
 
+def test_a_file_that_may_grow_no_further_is_one_sentence(run):
+    """The system's own refusal, in a process of its own: a part larger than the limit is not left behind half."""
+    command = [sys.executable, "-m", "a2d_hf.cli", "eval", str(run), *QUICK, "--device", "cpu"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, cwd=REPOSITORY)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("a2d: error:") == 1 and "No space left to write" in done.stderr
+    assert not (run / "eval" / "report.json").exists() and (run / "manifest.json").is_file()
+    for file in (run / "eval").rglob("*.json*"):
+        assert not file.name.startswith(".") and (file.suffix != ".json" or json.loads(file.read_text()))
+
+
 def test_a_parent_that_is_gone_leaves_the_rest(call, run, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["source"]["path"] = str(tmp_path / "gone")
@@ -236,8 +252,7 @@ def test_a_parent_that_is_gone_leaves_the_rest(call, run, tmp_path):
     assert "could not be measured" in (run / "eval" / "report.html").read_text()
 
 
-def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
+def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, own_tasks, monkeypatch):
     rows = [{"q": f"the {w}", "choices": [" dog", " fox", " model"], "gold": i % 3} for i, w in enumerate("abcdef")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     (tmp_path / "tasks").mkdir()
@@ -262,10 +277,141 @@ def test_tasks_run_on_both_sides_and_once(call, run, tmp_path, monkeypatch):
     assert call("eval", run, *flags)[0] == 0 and (run / "eval" / "report.json").read_bytes() == first
 
 
+WRITTEN = """task: tiny_written
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs:
+  until: []
+  max_gen_toks: 8
+  do_sample: false
+metric_list:
+  - metric: rouge
+    aggregation: mean
+    higher_is_better: true
+    rouge_types: [rouge1]
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """Only the task files of `--include-path`: reading the harness' own takes ten seconds."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    def manager(include_path):
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    for place in (lm_eval_cli, task_scores):
+        monkeypatch.setattr(place, "task_manager", manager)
+
+
+@pytest.fixture
+def written(tmp_path, own_tasks):
+    """Flags for a task whose answers are written; what is right shares words with all that the tokenizer knows."""
+    words = "the quick brown fox jumps over lazy dog a model reads from left to right one word at time"
+    rows = [{"q": f"{word} fox", "a": words} for word in words.split()[:4]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny_written.yaml").write_text(WRITTEN.format(file=tmp_path / "rows.jsonl"))
+    return ["--tasks", "tiny_written", "--include-path", tmp_path / "tasks", "--sweep", "--device", "cpu", *QUICK]
+
+
+def test_a_written_task_is_swept_and_its_areas_are_the_definition(call, run, written):
+    code, out, err = call("eval", run, *written)
+    assert code == 0, err
+    report, page = report_of(run), (run / "eval" / "report.html").read_text()
+    (curve,) = report["task_curves"]
+    (line,) = report["tasks"]
+    assert (curve["task"], curve["metric"], curve["new_tokens"]) == ("tiny_written", "rouge1", 8)
+    assert curve["parent_value"] == line["parent_value"] is not None
+    steps = {p["setting"]["steps"]: p for p in curve["points"] if "steps" in p["setting"]}
+    assert list(steps) == [8, 4, 2, 1]
+    for count, point in steps.items():
+        assert point["tokens_per_forward"] == pytest.approx(8 / count)
+    assert steps[8]["value"] == line["value"], "one token per forward is what a task is written with anyway"
+    best = 100 * max(point["value"] for point in curve["points"])
+    for way, area in curve["aup"].items():
+        points = sorted((p["tokens_per_forward"], 100 * p["value"]) for p in curve["points"] if way in p["setting"])
+        kept = [(r, y) for r, y in points if y >= points[0][1] - 5]
+        weigh = [y * min(math.exp(-3 * (1 - y / best)), 1) if best else 0.0 for _, y in kept]
+        expected = kept[0][0] * kept[0][1]
+        for i in range(1, len(kept)):
+            expected += (kept[i][0] - kept[i - 1][0]) * (weigh[i] + weigh[i - 1]) / 2
+        assert area == pytest.approx(expected), way
+    assert "AUP of tiny_written: steps" in out and "the parent" in out
+    assert "tiny_written, 4 examples: what writing more tokens per pass costs" in page
+
+
+def test_tasks_by_pattern_and_by_file(call, run, written, tmp_path):
+    file = tmp_path / "tasks" / "tiny_written.yaml"
+    flags = [flag for flag in written if flag != "--sweep"]
+    flags[1] = f"tiny_wr*,{file}"
+    code, _, err = call("eval", run, *flags)
+    assert code == 0, err
+    first, second = report_of(run)["tasks"]
+    assert first == second and first["task"] == "tiny_written"
+    file.write_text(file.read_text().replace("max_gen_toks: 8", "max_gen_toks: 2"))
+    assert call("eval", run, *flags)[0] == 0 and report_of(run)["tasks"][1]["new_tokens"] == 2
+
+
+def test_without_a_sweep_no_task_is_written_twice(call, run, written):
+    flags = [flag for flag in written if flag != "--sweep"]
+    assert call("eval", run, *flags)[0] == 0
+    assert report_of(run)["task_curves"] == [] and len(list((run / "eval" / "parts").glob("task-*"))) == 1
+
+
+def test_an_interrupted_sweep_of_a_task_writes_no_setting_twice(call, run, written, monkeypatch):
+    """Stopped in the fourth of eight; the parent's answers and the other settings are left."""
+    import lm_eval
+
+    real, asked = lm_eval.simple_evaluate, []
+
+    def stopped(model, **rest):
+        asked.append(dict(vars(model).get("decoding", {"parent": True})))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(model, **rest)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stopped)
+    code, _, err = call("eval", run, *written)
+    assert code == 130 and "goes on from there" in err and not (run / "eval" / "report.json").exists()
+    assert call("eval", run, *written)[0] == 0
+    finished = [*asked[:3], *asked[4:]]
+    assert len(finished) == 9 and all(finished.count(each) == 1 for each in finished) and asked[4] == asked[3]
+
+
 def test_an_unknown_task_names_the_nearest_and_measures_nothing(call, run):
     pytest.importorskip("lm_eval")
     code, _, err = call("eval", run, "--tasks", "arc_eazy", *QUICK)
     assert code == 2 and "arc_easy" in err and not (run / "eval" / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"file": "nowhere.jsonl"}, "--tasks tiny_choice cannot be loaded"),
+        ({"task: tiny_choice": "output: x"}, "--tasks tiny_choice is not a task"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_said_before_anything_is_measured(
+    call, run, tmp_path, own_tasks, change, told
+):
+    text = TASK.format(file=change.pop("file", tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text('{"q": "a", "choices": ["b", "c"], "gold": 0}\n')
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny_choice.yaml").write_text(text)
+    code, _, err = call("eval", run, "--tasks", "tiny_choice", "--include-path", tmp_path / "tasks", *QUICK)
+    assert code == 2 and told in err and "Traceback" not in err and not (run / "eval" / "parts").exists()
 
 
 @pytest.mark.parametrize(

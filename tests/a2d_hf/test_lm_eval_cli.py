@@ -1,6 +1,9 @@
 """`a2d-lm-eval` as a user meets it: what it registers, what it refuses in one sentence, whose answers it reuses."""
 
+import errno
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +49,7 @@ def call(capsys, monkeypatch, checkpoint):
 
     real = tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **kwargs: real(**(kwargs | {"include_defaults": False})))
+    monkeypatch.setattr(lm_eval_cli, "task_manager", lm_eval_cli.task_manager.__wrapped__)
 
     # Its log handler would outlive the stream that pytest gave it.
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
@@ -154,6 +158,15 @@ def test_a_bad_task_file_is_one_sentence(call, tmp_path, content, sentence):
     assert code == 2 and len(errors) == 1 and sentence in errors[0]
 
 
+def test_a_row_without_a_field_that_the_task_reads_is_one_sentence(call, data, tmp_path):
+    (tmp_path / "own").mkdir()
+    text = (TASKS / "local_piqa.yaml").read_text().replace("local_piqa", "own_task").replace("{{query}}", "{{absent}}")
+    (tmp_path / "own" / "own.yaml").write_text(text)
+    shutil.copy(TASKS / "local_data.py", tmp_path / "own")
+    code, errors, _ = call(task="own_task", include=tmp_path / "own")
+    assert code == 2 and len(errors) == 1 and "no field that its task file reads: 'absent' is undefined" in errors[0]
+
+
 def test_good_task_files_pass(tmp_path):
     for file in [*TASKS.glob("*.yaml")]:
         check_task_file(file)
@@ -244,6 +257,59 @@ def test_a_second_run_reuses_its_answers_and_another_mc_num_does_not(call, data,
     assert asked == [6] and first == again
     results(3, "mc_num=3")
     assert asked == [6, 6]
+
+
+# ------------------------------------------------------------------------------------- a full disk, an interruption
+
+
+def test_results_that_could_not_be_saved_are_a_failure(call, data, tmp_path, monkeypatch):
+    """The harness logs a warning and ends with 0, half a file left behind."""
+    real = Path.write_text
+
+    def full(self, text, *args, **kwargs):
+        if not self.name.startswith("results_"):
+            return real(self, text, *args, **kwargs)
+        real(self, text[:100], *args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        code, errors, _ = call("--output_path", tmp_path / "out")
+    assert code == 1 and len(errors) == 1 and "could not be written" in errors[0] and "free some space" in errors[0]
+    assert not list((tmp_path / "out").rglob("results_*"))
+    assert call("--output_path", tmp_path / "out")[0] == 0
+    assert call("--output_path", tmp_path / "name.json")[0] == 0, "the harness' other way to name a file"
+
+
+def test_a_full_disk_under_the_cache_is_one_sentence(call, data, tmp_path, monkeypatch):
+    from a2d_hf.lm_eval_model import A2DLM
+
+    def full(self, *args, **kwargs):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(A2DLM, "_loglikelihood_tokens", full)
+    code, errors, _ = call("--use_cache", tmp_path / "answers")
+    assert code == 1 and len(errors) == 1 and "No space left to write" in errors[0]
+
+
+def test_an_interrupted_run_goes_on_from_its_cache(call, data, tmp_path, monkeypatch):
+    from a2d_hf import lm_eval_model
+
+    monkeypatch.setattr(lm_eval_model, "ROWS_AT_ONCE", 1)  # one request at a time
+    real, asked = lm_eval_model.likelihoods.nelbo, []
+
+    def stopped(model, requests, **rest):
+        asked.append(requests[0].input_ids)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(model, requests, **rest)
+
+    monkeypatch.setattr(lm_eval_model.likelihoods, "nelbo", stopped)
+    flags = ["--use_cache", tmp_path / "answers", "--output_path", tmp_path / "out"]
+    code, errors, _ = call(*flags)
+    assert code == 130 and "a second run goes on from the answers that are there" in errors[0]
+    assert call(*flags)[0] == 0
+    assert len(asked) == 4 + 3 and asked[3] in asked[4:] and len(set(asked)) == 6, "six questions, none done twice"
 
 
 def test_a_task_file_is_the_harness_own_yaml():

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from a2d_hf import likelihood as likelihoods
+from a2d_hf import lm_eval_model
 from a2d_hf.errors import BadInput
 from a2d_hf.lm_eval_model import A2DLM, DECODING_FIELDS
 from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
@@ -156,6 +157,82 @@ def test_a_context_that_does_not_fit_loses_its_beginning(checkpoints):
         lm._loglikelihood_tokens([(None, before, list(range(9)))], disable_tqdm=True)
 
 
+@pytest.mark.parametrize("kind", ["nelbo", "token_by_token", "causal"])
+def test_an_answer_longer_than_the_context_is_one_sentence(checkpoints, kind):
+    lm = load(checkpoints / "mdlm", likelihood=kind, mc_num=1, max_length=8)
+    sentence = "A continuation of 9 tokens does not fit the model's context of 8: give the model argument `max_length`"
+    with pytest.raises(BadInput, match=sentence):
+        lm._loglikelihood_tokens([(None, [5, 6], [7]), (None, [5, 6], list(range(9)))], disable_tqdm=True)
+
+
+# ------------------------------------------------------------------------------------------- progress and interruption
+
+
+class Bar:
+    """What a progress bar is told."""
+
+    def __init__(self, **told):
+        self.told, self.updates = told, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+    def update(self, count):
+        self.updates.append(count)
+
+
+@pytest.mark.parametrize("kind", ["nelbo", "token_by_token"])
+def test_the_bar_knows_the_whole_and_comes_to_its_end(checkpoints, monkeypatch, kind):
+    """In tokens that the forwards read, counted here at the model itself, for requests too long to enumerate."""
+    bars = []
+    monkeypatch.setattr(lm_eval_model, "tqdm", lambda **told: bars.append(Bar(**told)) or bars[-1])
+    monkeypatch.setattr(lm_eval_model, "ROWS_AT_ONCE", 8)
+    lm = load(checkpoints / "mdlm", likelihood=kind, mc_num=6, batch_size=1, check_greedy=False)
+    requests = [(None, list(range(4, 4 + n)), list(range(20, 20 + n))) for n in (3, 9, 5, 7)]
+    read = []
+    hook = lm.a2d.register_forward_pre_hook(
+        lambda module, args, given: read.append(int(given["attention_mask"].sum())), with_kwargs=True
+    )
+    lm._loglikelihood_tokens(requests)
+    hook.remove()
+    (bar,) = bars
+    assert bar.told["total"] == sum(bar.updates) == sum(read) and len(bar.updates) > 1
+    assert bar.updates == sorted(bar.updates, reverse=True), "the longest first: an estimate errs on the long side"
+    assert not bar.told["disable"]
+    lm.check_greedy = True
+    lm._loglikelihood_tokens(requests)
+    decoded = sum(2 * n * n for n in (3, 9, 5, 7)) if kind == "nelbo" else 0  # n forwards of 2n tokens
+    assert bars[1].told["total"] == sum(bars[1].updates) == sum(read) + decoded
+
+
+@pytest.mark.parametrize("kind", ["nelbo", "token_by_token"])
+def test_an_interrupted_run_has_cached_what_it_had_finished(checkpoints, monkeypatch, kind):
+    monkeypatch.setattr(lm_eval_model, "ROWS_AT_ONCE", 1)  # one request at a time
+    lm = load(checkpoints / "mdlm", likelihood=kind, mc_num=3)
+    cached, real, calls = [], getattr(likelihoods, kind), []
+    monkeypatch.setattr(
+        lm, "cache_hook", type("Hook", (), {"add_partial": lambda self, *parts: cached.append(parts)})()
+    )
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    whole = pairs(load(checkpoints / "mdlm", likelihood=kind, mc_num=3))
+    monkeypatch.setattr(likelihoods, kind, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pairs(lm)
+    expected = dict(zip(PAIRS, whole, strict=True))
+    assert len(cached) == 2
+    for _, request, (value, greedy) in cached:
+        assert (value, greedy) == (pytest.approx(expected[request][0], rel=1e-6), expected[request][1])
+
+
 # ------------------------------------------------------------------------------------------------------- generation
 
 
@@ -176,6 +253,33 @@ def test_model_args_are_the_defaults_and_gen_kwargs_win(checkpoints):
         forwards[name] = lm.num_forwards
         assert lm.num_new_tokens > 0
     assert forwards == {"none": 8, "defaults": 2, "both": 4}
+
+
+def test_tokens_per_forward_is_the_mean_of_the_decoders_own_counts(checkpoints, monkeypatch):
+    lm = load(checkpoints / "mdlm", batch_size=1, steps=2)
+    counts, real = [], lm.a2d.diffusion_generate
+
+    def counting(*args, **kwargs):
+        output = real(*args, **kwargs)
+        counts.extend(output.tokens_per_forward.tolist())
+        return output
+
+    monkeypatch.setattr(lm.a2d, "diffusion_generate", counting)
+    assert lm.tokens_per_forward is None
+    written(lm)
+    assert len(counts) == 2 and lm.tokens_per_forward == pytest.approx(sum(counts) / 2)
+    together = load(checkpoints / "mdlm", batch_size=2, steps=2)
+    written(together)
+    assert together.tokens_per_forward == pytest.approx(lm.tokens_per_forward), "not the tokens of a batch"
+    assert together.get_model_info()["a2d"]["tokens_per_forward"] == together.tokens_per_forward
+
+
+def test_answers_that_do_not_fit_are_one_sentence(checkpoints):
+    lm = load(checkpoints / "mdlm", max_length=16)
+    with pytest.raises(
+        BadInput, match="answers of up to 16 tokens do not fit the model's context of 16: give a lower"
+    ):
+        written(lm, max_gen_toks=16)
 
 
 def test_every_argument_of_the_decoder_arrives(checkpoints, monkeypatch):
