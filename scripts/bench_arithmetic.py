@@ -302,14 +302,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, default=ROOT / "runs" / "bench_arithmetic", help="where models are kept"
     )
-    parser.add_argument("--digits", type=int, default=8, help="of each of the two numbers")
+    parser.add_argument("--digits", type=int, default=6, help="of each of the two numbers")
     parser.add_argument("--hidden", type=int, default=64, help="width of the models")
     parser.add_argument("--layers", type=int, default=2, help="of the models")
-    parser.add_argument("--rows", type=int, default=40_000, help="problems to train on")
+    parser.add_argument("--rows", type=int, default=20_000, help="problems to train on")
     parser.add_argument("--batch", type=int, default=96, help="problems of an optimizer step")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="of both trainings")
-    parser.add_argument("--parent_steps", type=int, default=800, help="optimizer steps of each parent")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each conversion")
+    parser.add_argument("--parent_steps", type=int, default=600, help="optimizer steps of each parent")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each conversion")
     parser.add_argument("--problems", type=int, default=1000, help="held-out problems")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one parent and one conversion for each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decoding_arithmetic_cpu.json")
