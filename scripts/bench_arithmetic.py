@@ -2,11 +2,12 @@
 
     python scripts/bench_arithmetic.py --models MODELS
 
-`04719862+95281138=000100001`: the sum is written from its last digit, as one adds by hand, so that every digit needs
-the carry of the one before it. Half of the columns add up to nine, and pass on whatever carry comes in: carries travel
-far, and a digit whose neighbour is still a mask is hard. Everything is made here: problems, a tokenizer of characters,
-for each seed an autoregressive parent trained from nothing with TRL's SFTTrainer, and its conversion trained with
-MDLMTrainer. Both are kept in MODELS for the next run. Owns this one experiment; writes one JSON file and one picture.
+`589743+411256=9900001`, which is 347985 + 652114 = 1000099: every number begins with its last digit, so that each
+digit of the sum needs the carry of the one before it. Half of the columns add up to nine and pass on whatever carry
+comes in: carries travel far, and a digit is hard as long as its neighbour is a mask. Everything is made here:
+problems, a tokenizer of characters, for each seed an autoregressive parent, trained from nothing with TRL's
+SFTTrainer, and its conversion, trained with MDLMTrainer. Both are kept in MODELS for the next run. Owns this one
+experiment; writes a JSON file and a picture.
 """
 
 import argparse
@@ -71,9 +72,9 @@ def draw_problems(count: int, digits: int, seed: int, avoid: Collection[Operands
 
 
 def problem(first: str, second: str) -> dict[str, str]:
-    """The row of a problem: the sum has one digit more than the numbers and begins with its last."""
+    """The row of a problem: three numbers that begin with their last digit, the sum one digit longer."""
     total = str(int(first) + int(second)).zfill(len(first) + 1)
-    return {"prompt": f"{first}+{second}=", "completion": total[::-1]}
+    return {"prompt": f"{first[::-1]}+{second[::-1]}=", "completion": total[::-1]}
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -154,8 +155,9 @@ def train_models(
     def conversion_trainer() -> MDLMTrainer:
         set_seed(seed)
         told = MDLMConfig(output_dir=str(conversion), max_steps=args.steps, insert_eos=False, **common)
-        model = A2DForMaskedDiffusion.from_pretrained(parent, tokenizer=AutoTokenizer.from_pretrained(parent))
-        return MDLMTrainer(model, told, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(parent))
+        own = AutoTokenizer.from_pretrained(parent)  # gets its mask token from the conversion
+        model = A2DForMaskedDiffusion.from_pretrained(parent, tokenizer=own)
+        return MDLMTrainer(model, told, train_dataset=dataset, processing_class=own)
 
     seconds = trained(parent, settings, parent_trainer, console)
     seconds += trained(conversion, settings | {"steps": args.steps}, conversion_trainer, console)

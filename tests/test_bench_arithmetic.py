@@ -41,7 +41,7 @@ def test_answers_are_right_and_written_from_the_last_digit():
     pairs = [*draw_problems(500, 6, seed=3), ("000000", "000000"), ("999999", "000001"), ("004700", "995300")]
     for first, second in pairs:
         row = problem(first, second)
-        assert row == {"prompt": f"{first}+{second}=", "completion": by_hand(first, second)}
+        assert row == {"prompt": f"{first[::-1]}+{second[::-1]}=", "completion": by_hand(first, second)}
         assert len(first) == len(second) == 6 and len(row["completion"]) == 7
 
 
