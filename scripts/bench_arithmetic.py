@@ -156,7 +156,8 @@ def train_models(
         set_seed(seed)
         told = MDLMConfig(output_dir=str(conversion), max_steps=args.steps, insert_eos=False, **common)
         own = AutoTokenizer.from_pretrained(parent)  # gets its mask token from the conversion
-        model = A2DForMaskedDiffusion.from_pretrained(parent, tokenizer=own)
+        # Read where the parent was: it keeps what it knows about carries.
+        model = A2DForMaskedDiffusion.from_pretrained(parent, tokenizer=own, token_shift=True)
         return MDLMTrainer(model, told, train_dataset=dataset, processing_class=own)
 
     seconds = trained(parent, settings, parent_trainer, console)
