@@ -48,8 +48,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 def train(kind: str, args: argparse.Namespace, console: Console) -> Any:
     """The conversion of this kind, from `--models` where it is there already."""
-    folder, on_sort = args.models / kind, kind == "sort-mdlm"
-    source = args.sort if on_sort else args.stories
+    on_sort = kind == "sort-mdlm"
+    source, steps = (args.sort, args.sort_steps) if on_sort else (args.stories, args.train_steps)
+    folder = args.models / f"{kind}-{steps}"  # what other steps have made is another model
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         console.step(f"training {kind}")
         set_seed(0)
@@ -66,7 +67,7 @@ def train(kind: str, args: argparse.Namespace, console: Console) -> Any:
         lora = kind.endswith("lora")
         shared = {
             "output_dir": str(folder),
-            "max_steps": args.sort_steps if on_sort else args.train_steps,
+            "max_steps": steps,
             "per_device_train_batch_size": 81 if on_sort else 16,
             "learning_rate": 3e-3 if on_sort or lora else 2e-3,
             "lr_scheduler_type": "cosine",
@@ -271,8 +272,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="file of stories to train on")
     parser.add_argument("--sort", type=Path, required=True, help="folder of the sorting checkpoint")
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "bench_decoding", help="where models are kept")
-    parser.add_argument("--train-steps", type=int, default=400, help="optimizer steps of each story model")
-    parser.add_argument("--sort-steps", type=int, default=60, help="optimizer steps of the sorting model")
+    parser.add_argument("--train-steps", type=int, default=150, help="optimizer steps of each story model")
+    parser.add_argument("--sort-steps", type=int, default=250, help="optimizer steps of the sorting model")
     parser.add_argument("--prompts", type=int, default=200, help="texts of self-speculation")
     parser.add_argument("--new", type=int, default=64, help="tokens to write")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "decoding_quality_cpu.json")
@@ -323,12 +324,14 @@ def main() -> None:
     panels.append(("Approximate caches (MDLM)", "mean deviation of a logit", "speed-up", points))
     write_text(args.picture, draw_panels(panels))
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    numbers = {name: value for name, value in vars(args).items() if isinstance(value, int)}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in numbers.items())
     write_json(
         args.out,
         {
             # Names of folders are the machine's own business.
-            "command": "python scripts/bench_decoding_quality.py --stories STORIES --text TEXT --sort SORT",
-            "setting": {k: v for k, v in vars(args).items() if isinstance(v, int)},
+            "command": f"python scripts/bench_decoding_quality.py --stories STORIES --text TEXT --sort SORT {options}",
+            "setting": numbers,
             "machine": {
                 "processor": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
