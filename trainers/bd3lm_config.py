@@ -27,8 +27,13 @@ class BD3LMConfig(A2DTrainingConfig):
         clean_context (`str`, *optional*):
             How clean text attends to itself: `"block"` (open inside a block) or `"causal"` (as the parent does). By
             default the model's own, or `"block"`.
+        mask_sampling (`str`, *optional*, defaults to `"count"`):
+            How the masked tokens of a block are drawn in training: `"count"` (of n tokens k at random, k uniform on 1
+            to n, each counting n / k: the NELBO with the time integrated out, at a lower variance) or `"bernoulli"`
+            (a coin per token at the block's time, as published). Evaluation always tosses coins.
         noise_schedule (`str`, *optional*, defaults to `"linear"`):
-            How the masked share grows with time t: `"linear"` (t) or `"cosine"` (sin(π/2 t)).
+            How the masked share grows with time t: `"linear"` (t) or `"cosine"` (sin(π/2 t)). Of coins only, as are
+            the next two.
         time_epsilon (`float`, *optional*, defaults to `1e-3`):
             Smallest time of a block in training. Bounds the weight of a masked token, which is 1/t for the linear
             schedule.
@@ -36,13 +41,9 @@ class BD3LMConfig(A2DTrainingConfig):
             Largest time of a block in training. By default 1, or 1 - `time_epsilon` with `complementary_views`. A
             clipped range lowers the variance of the loss (section 5.3 of the paper), which is then no longer the
             NELBO; evaluation always covers the full range.
-        mask_sampling (`str`, *optional*, defaults to `"bernoulli"`):
-            How the masked tokens of a block are drawn in training: `"bernoulli"` (a coin per token at the block's
-            time) or `"count"` (of n tokens k at random, k uniform on 1 to n, each counting n / k: the NELBO with the
-            time integrated out, at a lower variance). The latter has no times, so no schedule and no clipping.
         complementary_views (`bool`, *optional*, defaults to `False`):
             Whether every row is noised twice, the second time with exactly the tokens masked that the first one left,
-            so that every token is trained at every step. Both share one clean copy. Linear schedule only.
+            so that every token is trained at every step. Both share one clean copy. Coins: linear schedule only.
         fill_last_block (`bool`, *optional*, defaults to `True`):
             Whether the last block of rows that end with EOS is filled up with EOS, so that the model learns what
             stands behind an end. Left out of the reported NELBO.
@@ -81,10 +82,10 @@ class BD3LMConfig(A2DTrainingConfig):
         metadata={"help": "Largest time of a block. None: 1, or 1 - `time_epsilon` with `complementary_views`."},
     )
     mask_sampling: str = field(
-        default="bernoulli",
+        default="count",
         metadata={
-            "help": "How the masked tokens of a block are drawn: 'bernoulli' (coins at its time) or 'count' (k of n).",
-            "choices": ["bernoulli", "count"],
+            "help": "How the masked tokens of a block are drawn: 'count' (k of n) or 'bernoulli' (coins at its time).",
+            "choices": ["count", "bernoulli"],
         },
     )
     complementary_views: bool = field(
@@ -110,8 +111,8 @@ class BD3LMConfig(A2DTrainingConfig):
 
     def _check_times(self) -> None:
         longest = 1.0 - self.time_epsilon if self.complementary_views else 1.0
-        if self.mask_sampling not in ("bernoulli", "count"):
-            raise ValueError(f"`mask_sampling` must be 'bernoulli' or 'count', not {self.mask_sampling!r}.")
+        if self.mask_sampling not in ("count", "bernoulli"):
+            raise ValueError(f"`mask_sampling` must be 'count' or 'bernoulli', not {self.mask_sampling!r}.")
         if self.mask_sampling == "count":
             set_elsewhere = {
                 "noise_schedule": self.noise_schedule != "linear",
@@ -119,7 +120,7 @@ class BD3LMConfig(A2DTrainingConfig):
                 "time_maximum": self.time_maximum not in (None, longest),
             }
             for name in (name for name, is_set in set_elsewhere.items() if is_set):
-                raise ValueError(f"`{name}` is about times, and `mask_sampling='count'` has none: leave one out.")
+                raise ValueError(f"`{name}` is about times, which only `mask_sampling='bernoulli'` has: set that too.")
         if self.time_maximum is None:
             self.time_maximum = longest
         if not 0.0 < self.time_epsilon < self.time_maximum <= 1.0:

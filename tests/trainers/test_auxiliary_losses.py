@@ -67,6 +67,7 @@ def test_kl_of_bd3lm_equals_brute_force(complementary, tmp_path):
             tmp_path,
             per_device_train_batch_size=6,
             complementary_views=complementary,
+            mask_sampling="bernoulli",
             time_epsilon=0.05,
             teacher_kl_weight=weight,
         )

@@ -18,10 +18,10 @@ from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, firs
 @pytest.mark.parametrize(
     "noise",
     [
-        {},
-        {"noise_schedule": "cosine"},
-        {"time_epsilon": 0.3, "time_maximum": 0.8},
-        {"complementary_views": True, "time_epsilon": 0.05},
+        {"mask_sampling": "bernoulli"},
+        {"mask_sampling": "bernoulli", "noise_schedule": "cosine"},
+        {"mask_sampling": "bernoulli", "time_epsilon": 0.3, "time_maximum": 0.8},
+        {"mask_sampling": "bernoulli", "complementary_views": True, "time_epsilon": 0.05},
         {"mask_sampling": "count"},
         {"mask_sampling": "count", "complementary_views": True},
     ],
@@ -86,10 +86,11 @@ def test_packed_documents_see_only_themselves(token_shift, mask_sampling, tmp_pa
 @pytest.mark.parametrize("token_shift", [False, True])
 def test_one_block_per_row_equals_mdlm(token_shift, tmp_path):
     """Same noise, same loss, same gradients: with nothing before it, a block sees only itself."""
-    rows = token_rows(8)
+    rows, block = token_rows(8), {"objective": "bd3lm", "block_size": 64}
     results = []
-    for make, fields in ((trainer, {}), (bd3lm_trainer, {"objective": "bd3lm", "block_size": 64})):
-        run = make(tmp_path, diffusion_model(token_shift=token_shift, **fields), rows, per_device_train_batch_size=8)
+    for make, fields, own in ((trainer, {}, {}), (bd3lm_trainer, block, {"mask_sampling": "bernoulli"})):
+        model = diffusion_model(token_shift=token_shift, **fields)
+        run = make(tmp_path, model, rows, per_device_train_batch_size=8, **own)
         run.model.train()
         loss = run.compute_loss(run.model, first_batch(run))
         results.append((loss, torch.autograd.grad(loss, list(run.model.parameters()))))
@@ -144,11 +145,11 @@ def test_a_block_of_one_token_has_the_expectation_of_the_sampled_one(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        {"noise_schedule": "cosine"},
-        {"time_epsilon": 0.3, "time_maximum": 0.8},
-        {"noise_schedule": "cosine", "time_epsilon": 0.3, "time_maximum": 0.8},
-        {"complementary_views": True},
+        {"mask_sampling": "bernoulli"},
+        {"mask_sampling": "bernoulli", "noise_schedule": "cosine"},
+        {"mask_sampling": "bernoulli", "time_epsilon": 0.3, "time_maximum": 0.8},
+        {"mask_sampling": "bernoulli", "noise_schedule": "cosine", "time_epsilon": 0.3, "time_maximum": 0.8},
+        {"mask_sampling": "bernoulli", "complementary_views": True},
         {"mask_sampling": "count"},
         {"mask_sampling": "count", "complementary_views": True},
     ],

@@ -91,7 +91,7 @@ def test_nothing_is_filled_where_the_row_does_not_end_or_nobody_wants_it(tmp_pat
 
 
 def test_prompts_are_never_masked(tmp_path):
-    run = text_trainer(tmp_path, time_epsilon=0.99)
+    run = text_trainer(tmp_path, mask_sampling="bernoulli", time_epsilon=0.99)
     run.model.train()
     batch = first_batch(run)
     noise = run.draw_noise(batch, seed=0)
@@ -216,12 +216,18 @@ def test_compute_metrics_gets_the_logits_of_the_noisy_half(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"complementary_views": True, "noise_schedule": "cosine"}, "needs `noise_schedule='linear'`"),
-        ({"complementary_views": True, "time_maximum": 1.0}, "symmetric about 1/2"),
-        ({"time_epsilon": 0.5, "time_maximum": 0.4}, "0 < time_epsilon < time_maximum <= 1"),
-        ({"mask_sampling": "stratified"}, "must be 'bernoulli' or 'count', not 'stratified'"),
-        ({"mask_sampling": "count", "time_maximum": 0.9}, "`time_maximum` is about times"),
-        ({"mask_sampling": "count", "noise_schedule": "cosine"}, "`noise_schedule` is about times"),
+        (
+            {"mask_sampling": "bernoulli", "complementary_views": True, "noise_schedule": "cosine"},
+            "needs `noise_schedule='linear'`",
+        ),
+        ({"mask_sampling": "bernoulli", "complementary_views": True, "time_maximum": 1.0}, "symmetric about 1/2"),
+        (
+            {"mask_sampling": "bernoulli", "time_epsilon": 0.5, "time_maximum": 0.4},
+            "0 < time_epsilon < time_maximum <= 1",
+        ),
+        ({"mask_sampling": "stratified"}, "must be 'count' or 'bernoulli', not 'stratified'"),
+        ({"time_maximum": 0.9}, "`time_maximum` is about times"),
+        ({"noise_schedule": "cosine"}, "`noise_schedule` is about times"),
         ({"block_size_curriculum": [1, 3, 4]}, "each size dividing the next: 4 does not follow 3"),
         ({"block_size_curriculum": [4, 1]}, "1 does not follow 4"),
         ({"block_size_curriculum": [1, 8]}, "block_size 4, and this trainer trains 8"),

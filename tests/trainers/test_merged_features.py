@@ -68,7 +68,7 @@ def test_the_parents_own_loss_reads_the_clean_copy_of_the_last_layer(token_shift
     """Half of a row are prompts, so that some of the clean copy is still left out."""
     run = bd3lm_trainer(
         tmp_path, rows=token_rows(8, longest=30), token_shift=token_shift, clean_context="causal", ar_loss_weight=0.5,
-        per_device_train_batch_size=8, time_maximum=0.5,
+        per_device_train_batch_size=8, mask_sampling="bernoulli", time_maximum=0.5,
     )  # fmt: skip
     (batch,) = batches_of(run, 1)
     assert_the_same_without_leaving_out(run, batch, entered, 1)
