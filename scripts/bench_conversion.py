@@ -300,21 +300,25 @@ def show(rows: list[dict[str, Any]], parent: float) -> None:
 
 
 def draw(rows: list[dict[str, Any]], parent: float, path: Path) -> None:
-    """NELBO against tokens, MDLM and its additions on the left, blocks on the right."""
+    """NELBO against tokens: a whole canvas, blocks, and the second half of the blocks that start best."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "a2d_hf"  # the same numbers give the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, constrained_layout=True)
-    halves = (("whole canvas", False), ("blocks", True))
-    for axis, (title, blocks) in zip(axes, halves, strict=True):
-        for row in (row for row in rows if row["arm"].startswith("BD3LM") == blocks):
-            tokens = [t / 1e6 for t, _ in row["curve"]]
-            axis.plot(tokens, [n for _, n in row["curve"]], label=f"{row['arm']}: {row['after']:.2f}")
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), constrained_layout=True)
+    axes[1].sharey(axes[0])
+    close_up = ("shifted blocks of 4, close up", "BD3LM 4, shift", 2)
+    panels = (("whole canvas", "MDLM", 0), ("blocks", "BD3LM", 0), close_up)
+    for axis, (title, prefix, first) in zip(axes, panels, strict=True):
+        for row in (row for row in rows if row["arm"].startswith(prefix)):
+            curve = row["curve"][first:]
+            tokens = [t / 1e6 for t, _ in curve]
+            axis.plot(tokens, [n for _, n in curve], label=f"{row['arm']}: {row['after']:.2f}")
             axis.errorbar(tokens[-1], row["after"], yerr=row["spread"], color=axis.lines[-1].get_color(), capsize=2)
-        axis.axhline(parent, color="black", linestyle=":", label=f"the AR parent's NLL: {parent:.2f}")
+        if first == 0:
+            axis.axhline(parent, color="black", linestyle=":", label=f"the AR parent's NLL: {parent:.2f}")
         axis.set(title=title, xlabel="million tokens trained for")
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("held-out NELBO, nats per token")

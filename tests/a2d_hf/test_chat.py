@@ -297,7 +297,14 @@ class Terminal:
         command = [sys.executable, "-m", "a2d_hf.cli", "chat", str(folder), "--device", "cpu", *arguments]
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            # Tests that were started in the background of a shell ignore Ctrl-C, and would hand that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         self.seen = self.unread = ""
