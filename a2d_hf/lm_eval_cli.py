@@ -179,6 +179,8 @@ def run_preset(preset: argparse.Namespace, rest: list[str], console: Console) ->
         console.step(f"{one.run.name}: {one.command}")
         try:
             presets.prepare(one)
+            if one.run.task_file is not None:
+                task_manager.cache_clear()  # it has not seen the file that was just written
             run_harness(one.argv)
             if main_process:
                 records[number] = presets.finish(one, identity)

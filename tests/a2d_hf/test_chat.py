@@ -313,12 +313,14 @@ class Terminal:
         """Reads on from where the last call stopped, to the end of `text`; returns what was read."""
         end = time.monotonic() + seconds
         while text not in self.unread:
-            assert time.monotonic() < end, f"no {text!r} in {self.unread!r}"
+            assert time.monotonic() < end, f"no {text!r} in {self.unread[-500:]!r}"
             alive = self.process.poll() is None
             if select.select([self.master], [], [], 0.2)[0]:
                 with contextlib.suppress(OSError):  # Linux: nobody holds the other end any more
                     self.unread += os.read(self.master, 65536).decode(errors="replace")
-            assert alive or text in self.unread, f"ended with {self.process.returncode}, no {text!r}: {self.unread!r}"
+            assert alive or text in self.unread, (
+                f"ended with {self.process.returncode}, no {text!r}: {self.unread[-500:]!r}"
+            )
         # What came in the same gulp belongs to the next call.
         end_of_text = self.unread.index(text) + len(text)
         read, self.unread = self.unread[:end_of_text], self.unread[end_of_text:]

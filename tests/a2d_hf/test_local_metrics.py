@@ -101,6 +101,8 @@ def test_a_task_file_that_asks_for_rouge_gets_this_one(tmp_path, monkeypatch):
     from lm_eval.api.registry import get_metric
 
     class Parrot(LM):
+        max_gen_toks = 256
+
         def generate_until(self, requests, **kwargs):
             return ["a cat on a mat"] * len(requests)
 

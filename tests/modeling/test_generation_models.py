@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer, TextIteratorStreamer, pipeline
+from transformers.utils.logging import warning_once
 
 from a2d_hf.modeling import A2DForMaskedDiffusion, A2DGenerationConfig
 from a2d_hf.modeling.attention_pattern import AttentionPattern
@@ -119,6 +120,7 @@ def test_sub_blocks_keep_the_attention_of_the_trained_block():
 
 
 def test_a_block_size_off_the_trained_grid_warns_and_changes_the_attention(caplog):
+    warning_once.cache_clear()
     model, (prompt,) = diffusion_model(**BD3LM), prompts(3)
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def test_loss_and_gradients_equal_brute_force(method, tmp_path):
     loss = run.compute_loss(run.model, batch)
     again = SimpleNamespace(
         model=run.model,
-        args=SimpleNamespace(seed=reference_noise.bits(REPLAY_NOISE, run.args.seed)),
+        args=SimpleNamespace(**(vars(run.args) | {"seed": reference_noise.bits(REPLAY_NOISE, run.args.seed)})),
         diffusion_config=run.diffusion_config,
     )
     reference = brute_force if method == "mdlm" else bd3lm_reference.loss
