@@ -1,6 +1,7 @@
 """What can go wrong in a way that a user can mend, and the exit code of each.
 
-Owns the exceptions that the command line turns into one sentence. Imports nothing, so that everything may import it.
+Owns the exceptions that the command line turns into one sentence, and how another library's error becomes one. Imports
+nothing, so that everything may import it.
 """
 
 
@@ -30,3 +31,10 @@ class SaveFailed(A2DError):
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped from outside after it had put its state away; `a2d resume` continues it."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first line of an error's text, shortened, ending in a full stop."""
+    text = str(error).strip().split("\n")[0].strip() or type(error).__name__
+    text = text if len(text) <= 300 else f"{text[:297]}..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -7,7 +7,7 @@ import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, first_sentence
 from .source import TOKENIZER_FILES, find_weights
 
 
@@ -84,5 +84,4 @@ def download_snapshot(repo_id: str, argument: str = "SRC") -> Path:
             f"{argument} {repo_id} is not on the Hub, or private: check the id, or `hf auth login`."
         ) from error
     except Exception as error:  # no network, offline mode, a full disk: each layer below has exceptions of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise BadInput(f"{argument} {repo_id} could not be downloaded: {reason}.") from error
+        raise BadInput(f"{argument} {repo_id} could not be downloaded: {first_sentence(error)}") from error

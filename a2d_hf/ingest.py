@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .atomic_files import explained_writes
 from .console import Console, size
 from .detection.quantization import read_quantization
-from .errors import A2DError, BadInput, Refused
+from .errors import A2DError, BadInput, Refused, first_sentence
 from .ingest_dequantize import EIGHT_BITS, Dequantized, dequantize_all
 from .ingest_tensors import PlannedTensor, StoredTensor, dtype_name, stored_tensors, write_sharded
 from .ingest_text_model import (
@@ -37,7 +37,7 @@ from .ingest_text_model import (
     unused_tensors,
 )
 from .source import TOKENIZER_EXTRAS, TOKENIZER_FILES, Source, find_weights
-from .surgery import explained_loading, first_sentence
+from .surgery import explained_loading
 
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -18,9 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import modeling_auto
 
-from .errors import Refused
+from .errors import Refused, first_sentence
 from .shrinking import shrink_config
-from .surgery import first_sentence
 
 
 # The auto classes that may know a multimodal model, the most complete first.

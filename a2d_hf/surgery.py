@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .atomic_files import replaced_folder, write_json
 from .console import Console
 from .conversion_settings import ConversionSettings
-from .errors import BadInput
+from .errors import BadInput, first_sentence
 from .layer_streaming import empty_parent
 from .machine_memory import available_memory, peak_memory
 from .model_card import write_model_card
@@ -138,13 +138,6 @@ class explained_loading:
                 "them to safetensors first."
             ) from error
         raise BadInput(f"{self.path} cannot be loaded: {first_sentence(error)}") from error
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first line of an error's text, shortened, ending in a full stop."""
-    text = str(error).strip().split("\n")[0].strip() or type(error).__name__
-    text = text if len(text) <= 300 else f"{text[:297]}..."
-    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def operate(source: Source, settings: ConversionSettings, folder: Path, console: Console) -> Operation:

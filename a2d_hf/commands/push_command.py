@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..console import Console
-from ..errors import A2DError, BadInput
+from ..errors import A2DError, BadInput, first_sentence
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoint.path, args.repo_id, private=True if args.private else None, message=args.message
         )
     except HFValidationError as error:
-        raise BadInput(f"REPO {args.repo_id!r} is no name of a repository: {_first_line(error)}.") from error
+        raise BadInput(f"REPO {args.repo_id!r} is no name of a repository: {first_sentence(error)}") from error
     except LocalTokenNotFoundError as error:
         raise BadInput("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.") from error
     except OfflineModeIsEnabled as error:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     except A2DError:
         raise
     except Exception as error:  # no network: each layer below has exceptions of its own
-        raise A2DError(f"The Hub could not be reached, and nothing was published: {_first_line(error)}.") from error
+        raise A2DError(f"The Hub could not be reached, and nothing was published: {first_sentence(error)}") from error
     if args.json:
         console.json({"model": str(checkpoint.path), "repository": args.repo_id, "commit": address})
     else:
@@ -66,8 +66,4 @@ def _refused(repo_id: str, error: Any) -> A2DError:
         return BadInput(
             f"The Hub does not let you write to {repo_id}: run `hf auth login` with a token that may write there."
         )
-    return A2DError(f"The Hub refused the upload to {repo_id} with status {status}: {_first_line(error)}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return A2DError(f"The Hub refused the upload to {repo_id} with status {status}: {first_sentence(error)}")
