@@ -189,17 +189,18 @@ class BD3LMTrainer(A2DTrainer):
             [`BD3LMNoise`]
         """
         self.check_batch(inputs)
-        args, training = self.args, self.model.training
-        rows, two_views = BlockRows(inputs, self.current_block_size()), args.complementary_views and training
-        if rows.block_size == 1:
-            views = whole_blocks(rows)
+        args, training, block_size = self.args, self.model.training, self.current_block_size()
+        two_views = args.complementary_views and training
+        if block_size == 1:
+            views = whole_blocks(inputs["labels"] != -100)
         elif args.mask_sampling == "count" and training:
-            views = counted_tokens(rows, seed, two_views)
+            views = counted_tokens(BlockRows(inputs, block_size), seed, two_views)
         else:
             minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
+            rows = BlockRows(inputs, block_size)
             views = coin_tosses(rows, seed, args.noise_schedule, minimum, maximum, two_views)
         return BD3LMNoise(
-            block_size=rows.block_size,
+            block_size=block_size,
             time_BWL=views.time_BWL,
             elbo_weight_BWL=views.weight_BWL.float().to(views.masked_BWL.device),
             masked_BWL=views.masked_BWL,

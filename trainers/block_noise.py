@@ -68,10 +68,10 @@ class BlockRows:
         self.document_BL = torch.zeros_like(self.block_BL) if documents_BL is None else documents_BL
 
 
-def whole_blocks(rows: BlockRows) -> BlockViews:
+def whole_blocks(maskable_BL: torch.Tensor) -> BlockViews:
     """Blocks of one token: always hidden, weight 1, which is the expectation over t and leaves nothing to chance."""
-    ones_BL = torch.ones(rows.maskable_BL.shape, dtype=torch.float64)
-    return BlockViews(ones_BL[:, None], ones_BL[:, None], rows.maskable_BL[:, None])
+    ones_BL = torch.ones(maskable_BL.shape, dtype=torch.float64)
+    return BlockViews(ones_BL[:, None], ones_BL[:, None], maskable_BL[:, None])
 
 
 def coin_tosses(
