@@ -11,6 +11,7 @@ blocks before it for BD3LM. Both bound the NLL of the same text, which is what m
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -95,27 +96,29 @@ class Budget:
         return self.points * max(1, math.ceil(self.tokens / tokens_per_step / self.points))
 
 
-def prepared_rows(args: argparse.Namespace, tokenizer: Any, token_shift: bool) -> tuple[Any, Any]:
+@functools.cache
+def prepared_rows(source: str, data: str, max_length: int, held_out_tokens: int, token_shift: bool) -> tuple[Any, Any]:
     """Training and held-out rows, cut and tokenized as `a2d convert` does; the same split for every arm and seed."""
     from datasets import Dataset
+    from transformers import AutoTokenizer
 
     from a2d_hf.conversion_settings import ConversionSettings
     from a2d_hf.data import read_rows
     from a2d_hf.training_run import prepare_data
 
-    settings = ConversionSettings(source=args.source, max_length=args.max_length, token_shift=token_shift)
-    data = prepare_data(read_rows(args.data), tokenizer, settings, None)
-    kept = data.held_out[: max(1, args.held_out_tokens // args.max_length)]
+    settings = ConversionSettings(source=source, max_length=max_length, token_shift=token_shift)
+    prepared = prepare_data(read_rows(data), AutoTokenizer.from_pretrained(source), settings, None)
+    kept = prepared.held_out[: max(1, held_out_tokens // max_length)]
     copies = [{**row, "row_id": i} for i, row in enumerate(kept * HELD_OUT_COPIES)]
-    return data.train, Dataset.from_list(copies)
+    return prepared.train, Dataset.from_list(copies)
 
 
-def parent_nll(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+def parent_nll(args: argparse.Namespace) -> dict[str, Any]:
     """The parent's NLL on the held-out rows, from left to right."""
     from a2d_hf import evaluate
     from a2d_hf.surgery import load_parent
 
-    _, held_out = prepared_rows(args, tokenizer, False)
+    _, held_out = prepared_rows(args.source, args.data, args.max_length, args.held_out_tokens, False)
     rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in held_out]
     rows = rows[: len(rows) // HELD_OUT_COPIES]
     parent = load_parent(Path(args.source))
@@ -148,7 +151,7 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
     }
     trainer_class, config_class = kinds[arm.objective]
     tokenizer = AutoTokenizer.from_pretrained(args.source)
-    train, held_out = prepared_rows(args, tokenizer, arm.token_shift)
+    train, held_out = prepared_rows(args.source, args.data, args.max_length, args.held_out_tokens, arm.token_shift)
     tokens_per_step = budget.batch_size * statistics.mean(len(row["input_ids"]) for row in train)
     steps = budget.steps(tokens_per_step)
     torch.manual_seed(seed)
@@ -371,8 +374,6 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="only table and figure of what is there")
     args = parser.parse_args()
 
-    from transformers import AutoTokenizer
-
     from a2d_hf.provenance import hardware, library_versions
 
     budget = Budget(args.tokens, args.max_length, args.batch_size, args.points)
@@ -382,7 +383,7 @@ def main() -> int:
         "budget": vars(budget) | {"held_out_tokens": args.held_out_tokens},
         "versions": library_versions(),
         "machine": hardware(),
-        "parent_nll": parent_nll(args, AutoTokenizer.from_pretrained(args.source)),
+        "parent_nll": parent_nll(args),
     }
     results = Results(args.json, facts)
     arms = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
