@@ -107,6 +107,7 @@ class DecodingSettings:
 
     def _check(self, chosen: Mapping[str, Any]) -> None:
         """Refuses what does not go together, as far as that can be known without the weights and the prompt."""
+        from .modeling.approximate_cache_a2d import check_blocks
         from .modeling.decoding_call_a2d import check_idle_parameters
         from .modeling.self_speculation_a2d import check_speculation
 
@@ -115,13 +116,11 @@ class DecodingSettings:
             check_idle_parameters(config, chosen)
             if config.self_speculation is not None:
                 check_speculation(config, chosen)
+            if config.approximate_cache is not None:
+                checkpoint = self.checkpoint
+                check_blocks(checkpoint.get("objective"), config.block_size or checkpoint.get("block_size"))
         except ValueError as error:
             raise BadInput(str(error)) from error
-        if config.approximate_cache is not None:
-            if self.checkpoint.get("objective") == "bd3lm":
-                raise BadInput("`approximate_cache` is for MDLM models; this one, BD3LM, has an exact cache.")
-            if config.block_size is None and self.checkpoint.get("block_size") is None:
-                raise BadInput("`approximate_cache` is refreshed block by block: set `block_size`, for example to 32.")
 
     # ----------------------------------------------------------------------------------------------------- listing
 

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from .generation_a2d import A2DGenerationMixin
 
 
+def check_blocks(objective: str | None, block_size: int | None) -> None:
+    """Refuses what a checkpoint's configuration and a call's parameters already rule out; needs no weights."""
+    if objective == "bd3lm":
+        raise ValueError("`approximate_cache` is for MDLM models; this one, BD3LM, has an exact cache: leave it out.")
+    if block_size is None:
+        raise ValueError("`approximate_cache` is refreshed block by block: set `block_size`, for example 32.")
+
+
 class ApproximateCache:
     """
     Fast-dLLM's two schemes (https://huggingface.co/papers/2505.22618, section 3.2). The first forward of each block is
@@ -50,12 +58,7 @@ class ApproximateCache:
         self.worst, self.total, self.compared, self.changed, self.scored = 0.0, 0.0, 0, 0, 0
 
     def _check(self, model: "A2DGenerationMixin", config: A2DGenerationConfig) -> None:
-        if model.config.objective == "bd3lm":
-            raise ValueError(
-                "`approximate_cache` is for MDLM models; this one, BD3LM, has an exact cache: leave it out."
-            )
-        if config.block_size is None and model.config.block_size is None:
-            raise ValueError("`approximate_cache` is refreshed block by block: set `block_size`, for example 32.")
+        check_blocks(model.config.objective, config.block_size or model.config.block_size)
         if not model.can_cache(2):
             raise ValueError(
                 "`approximate_cache` needs a parent that remembers keys and values alone and takes `position_ids`: "
