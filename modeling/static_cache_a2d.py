@@ -96,6 +96,7 @@ class StaticBlockCache(BlockCache):
         # Of the pass under way: columns of the open blocks, and whether its shape is one of the two.
         self.active, self.is_constant = 0, False
         self.call: Callable | None = None
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.backbone.forward).parameters
 
     def logits_of(
         self,
@@ -151,8 +152,7 @@ class StaticBlockCache(BlockCache):
         # All of the open blocks, because how many masks are left in them is no constant.
         width, shift = ids_BW.shape[1], int(self.token_shift)
         scored = min(self.active + shift, width)
-        keeps = "logits_to_keep" in inspect.signature(model.backbone.forward).parameters
-        inputs = {"logits_to_keep": scored} if keeps else {}
+        inputs = {"logits_to_keep": scored} if self.keeps_logits else {}
         if layout.position_BK is not None:
             inputs["position_ids"] = layout.position_BL
         with pattern_in_force(state):

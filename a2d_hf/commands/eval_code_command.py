@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from ..atomic_files import explained_writes, write_json
+from ..code_tasks import TASKS
 from ..console import Console
 from ..conversion_settings import DEVICES
 from ..errors import BadInput
 
 
-TASKS = ("humaneval", "mbpp", "humaneval-infilling")
 KS = (1, 10, 100)
 
 
