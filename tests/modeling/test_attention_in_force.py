@@ -306,19 +306,24 @@ def test_the_call_leaves_the_shared_config_alone():
     assert model.backbone.config.to_dict() == before
 
 
-def test_two_copies_of_the_module_do_not_silence_each_other():
+def test_two_copies_of_the_module_do_not_silence_each_other(monkeypatch):
     """A `trust_remote_code` checkpoint brings its own copy of the attention code into the same process."""
     import importlib.util
     import sys
 
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     import a2d_hf.modeling.attention_interface as first
 
+    first.install()
+    # The copy must leave the registries with this test: a compiled pass later on would look for its module in vain.
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(registry, "_global_mapping", dict(registry._global_mapping))
     spec = importlib.util.spec_from_file_location("a2d_hf.modeling.attention_interface_copy", first.__file__)
     copy = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = copy
     try:
         spec.loader.exec_module(copy)
-        first.install()
         copy.install()
         backbone, x = tiny_model("llama"), ids()
         ones = torch.ones_like(x)
