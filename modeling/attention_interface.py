@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function
 
 from .attention_pattern import AttentionPattern, Place
 from .last_layer import RowsRead, attend_from_rows_read
+from .pieced_attention import Piece, attend_in_pieces, pieces_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class PatternInForce:
         copy_K (`torch.Tensor`, *optional*): which copy a key belongs to (`bd3lm` only).
         fast_path (`bool`): whether "everything visible" may be expressed by passing no mask at all.
         seen (`int`): tokens in the cache, before the first query.
-        kept (`dict`): what the layers of one pass share (alibi_distance.py), and under `"left_alone"` whether one of
-            them has a rule of its own that is not causal.
+        kept (`dict`): what the layers of one pass share (alibi_distance.py), under `"left_alone"` whether one of them
+            has a rule of its own that is not causal, under `"pieces"` the masks that were cut.
         traced (`bool`): that the pass is for `torch.compile`, so that nothing in it may look at values: an earlier
             pass has found no such rule, and no rows are left out (`rows_read`).
         rows_read (`RowsRead`, *optional*): the rows that the last layer is computed for; `None` means all.
@@ -266,10 +267,32 @@ def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
         if state is not None and state.windows == "open" and kwargs.get("sliding_window") is not None:
             kwargs["sliding_window"] = None  # flash kernels apply the window themselves
         if name == "sdpa" and not (state is not None and state.traced):
-            return attend_from_rows_read(library_function, module, query, key, value, attention_mask, *args, **kwargs)
+            attend = functools.partial(_attend_in_pieces, state, library_function)
+            return attend_from_rows_read(attend, module, query, key, value, attention_mask, *args, **kwargs)
         return library_function(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attention
+
+
+def _attend_in_pieces(
+    state: PatternInForce | None, library_function: Callable, module, query, key, value, attention_mask, *args, **kwargs
+):
+    """Cuts the mask of block diffusion on a CPU, once for all layers that share it; calls nothing else differently."""
+    pieces = None
+    if state is not None and state.pattern.kind == "bd3lm" and query.device.type == "cpu" and not args:
+        pieces = _pieces_kept(state, attention_mask)
+    if pieces is None or kwargs.get("position_bias") is not None:
+        return library_function(module, query, key, value, attention_mask, *args, **kwargs)
+    return attend_in_pieces(library_function, pieces, module, query, key, value, **kwargs)
+
+
+def _pieces_kept(state: PatternInForce, mask: torch.Tensor | None) -> list[Piece] | None:
+    cut = state.kept.setdefault("pieces", [])
+    for known, pieces in cut:
+        if known is mask:
+            return pieces
+    cut.append((mask, pieces_of(mask, state.pattern.copies)))
+    return cut[-1][1]
 
 
 _installed = False
