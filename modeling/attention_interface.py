@@ -275,15 +275,15 @@ def _wrap_attention_function(name: str, library_function: Callable) -> Callable:
 
 
 def _attend_in_pieces(
-    state: PatternInForce | None, library_function: Callable, module, query, key, value, attention_mask, *args, **kwargs
+    state: PatternInForce | None, attend: Callable, module, query, key, value, attention_mask, *args, **kwargs
 ):
-    """Cuts the mask of block diffusion on a CPU, once for all layers that share it; calls nothing else differently."""
+    """Cuts the mask of block diffusion on a CPU, once for all layers that share it; leaves every other call alone."""
     pieces = None
     if state is not None and state.pattern.kind == "bd3lm" and query.device.type == "cpu" and not args:
         pieces = _pieces_kept(state, attention_mask)
     if pieces is None or kwargs.get("position_bias") is not None:
-        return library_function(module, query, key, value, attention_mask, *args, **kwargs)
-    return attend_in_pieces(library_function, pieces, module, query, key, value, **kwargs)
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    return attend_in_pieces(attend, pieces, module, query, key, value, **kwargs)
 
 
 def _pieces_kept(state: PatternInForce, mask: torch.Tensor | None) -> list[Piece] | None:

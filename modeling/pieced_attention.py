@@ -1,9 +1,9 @@
 """Attention under a mask that is mostly closed, in pieces: queries that stand together are given the keys they see.
 
 Owns the cut of one call of scaled dot product attention into several. In block diffusion a noisy block sees itself and
-the clean text before it, of W noisy copies and a clean one of L tokens each: at most L + block_size of (W + 1) L keys.
-A kernel that is handed the whole mask multiplies all of them; on a GPU `flex_attention` leaves the others out, on a CPU
-nothing does. Results are those of one call, but for the order of sums.
+the clean text before it: of W noisy copies and a clean one of L tokens each, at most L keys of (W + 1) L. A kernel
+that is handed the whole mask multiplies all of them; on a GPU `flex_attention` leaves the others out, on a CPU nothing
+does. Results are those of one call, but for the order of sums.
 
 Shapes: B rows, H heads, Q queries, K keys, P queries of a piece, S keys that a piece sees, E numbers per head.
 """

@@ -151,6 +151,7 @@ class AuxiliaryLosses:
         items: torch.Tensor,
         metrics: DiffusionMetrics,
         ar: tuple[torch.Tensor, torch.Tensor] | None = None,
+        repeats: int = 1,
     ) -> torch.Tensor | float:
         """
         The weighted sum of the auxiliary losses over this batch.
@@ -164,6 +165,7 @@ class AuxiliaryLosses:
             items (`torch.Tensor` of shape `()`): what this batch adds to the divisor.
             metrics ([`DiffusionMetrics`]): where each is noted, unweighted, per token.
             ar (`tuple`, *optional*): the parent's own loss where the objective has it already, as in `causal_pass`.
+            repeats (`int`, *optional*, defaults to 1): views in which one token may be masked, which share its weight.
         """
         args, total = self.args, 0.0
         if args.ar_loss_weight > 0:
@@ -172,7 +174,7 @@ class AuxiliaryLosses:
             metrics.add("ar_nll", nll_M.sum(), torch.tensor(nll_M.numel()))
         if args.teacher_kl_weight > 0:
             loss, kl_M = self.teacher_kl(inputs, masked_BWL, head_input_ND)
-            total = total + args.teacher_kl_weight * loss
+            total = total + args.teacher_kl_weight * loss / repeats
             metrics.add("teacher_kl", kl_M.sum(), torch.tensor(kl_M.numel()))
         if args.router_aux_loss_weight > 0:
             if outputs.aux_loss is None:

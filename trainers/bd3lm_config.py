@@ -44,6 +44,10 @@ class BD3LMConfig(A2DTrainingConfig):
         complementary_views (`bool`, *optional*, defaults to `False`):
             Whether every row is noised twice, the second time with exactly the tokens masked that the first one left,
             so that every token is trained at every step. Both share one clean copy. Coins: linear schedule only.
+        nested_views (`int`, *optional*, defaults to 1):
+            How many times every row is noised, all sharing one clean copy: the first view hides the fewest tokens of
+            each block, every further one more of the same random order. At most the block size. A step reads
+            `nested_views` + 1 copies and learns that much more from its tokens. Needs `mask_sampling="count"`.
         fill_last_block (`bool`, *optional*, defaults to `True`):
             Whether the last block of rows that end with EOS is filled up with EOS, so that the model learns what
             stands behind an end. Left out of the reported NELBO.
@@ -92,6 +96,10 @@ class BD3LMConfig(A2DTrainingConfig):
         default=False,
         metadata={"help": "Whether rows are noised twice, the second time with the other tokens masked."},
     )
+    nested_views: int = field(
+        default=1,
+        metadata={"help": "How many times rows are noised, each time with more of the same tokens masked."},
+    )
     fill_last_block: bool = field(
         default=True, metadata={"help": "Whether the last block of rows that end with EOS is filled up with EOS."}
     )
@@ -113,6 +121,12 @@ class BD3LMConfig(A2DTrainingConfig):
         longest = 1.0 - self.time_epsilon if self.complementary_views else 1.0
         if self.mask_sampling not in ("count", "bernoulli"):
             raise ValueError(f"`mask_sampling` must be 'count' or 'bernoulli', not {self.mask_sampling!r}.")
+        if self.nested_views < 1:
+            raise ValueError(f"`nested_views` must be at least 1, not {self.nested_views}.")
+        if self.nested_views > 1 and self.complementary_views:
+            raise ValueError("`nested_views` and `complementary_views` are two ways to noise a row again: choose one.")
+        if self.nested_views > 1 and self.mask_sampling != "count":
+            raise ValueError("`nested_views` counts the tokens that are hidden: set `mask_sampling='count'` too.")
         if self.mask_sampling == "count":
             set_elsewhere = {
                 "noise_schedule": self.noise_schedule != "linear",

@@ -74,7 +74,8 @@ class BD3LMTrainer(A2DTrainer):
         L = (1/2N) Σ [m_i / t + (1 - m_i) / (1 - t)] CE_i.
 
     With `mask_sampling="count"` k of the n tokens of a block are masked, k uniform on 1 to n, and count n / k each:
-    the same expectation with the time integrated out.
+    the same expectation with the time integrated out. With W nested views it is the mean over W such k, each from a
+    part of 1 to n of its own.
 
     A block of one token is always masked, with the weight 1: its expectation over t is the same, and nothing is left
     to chance. So block size 1 is the negative log-likelihood from left to right itself, and with `token_shift` that of
@@ -110,6 +111,11 @@ class BD3LMTrainer(A2DTrainer):
             raise ValueError(
                 '`ar_loss_weight` needs `clean_context="causal"`: clean text that is open inside a block sees the '
                 "very token that it would have to predict."
+            )
+        if self.args.nested_views > self.diffusion_config.block_size:
+            raise ValueError(
+                f"`nested_views` {self.args.nested_views} exceeds the block size {self.diffusion_config.block_size}: "
+                "a block is hidden in as many steps as it has tokens, so that further views would repeat others."
             )
 
     # ------------------------------------------------------------------------------------------ the model and the rows
@@ -154,6 +160,7 @@ class BD3LMTrainer(A2DTrainer):
             "time_maximum",
             "mask_sampling",
             "complementary_views",
+            "nested_views",
             "fill_last_block",
         )
         key = super().resume_key() | {name: getattr(self.args, name) for name in fields}
@@ -164,7 +171,7 @@ class BD3LMTrainer(A2DTrainer):
 
     @property
     def copies_read(self) -> int:
-        return 3 if self.args.complementary_views else 2
+        return 3 if self.args.complementary_views else self.args.nested_views + 1
 
     # ------------------------------------------------------------------------------------------------------- the noise
 
@@ -194,7 +201,9 @@ class BD3LMTrainer(A2DTrainer):
         if block_size == 1:
             views = whole_blocks(inputs["labels"] != -100)
         elif args.mask_sampling == "count" and training:
-            views = counted_tokens(BlockRows(inputs, block_size), seed, two_views)
+            # A block can be hidden in as many ways as it has tokens: the small ones of a curriculum have fewer views.
+            nested_views = min(args.nested_views, block_size)
+            views = counted_tokens(BlockRows(inputs, block_size), seed, two_views, nested_views)
         else:
             minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
             rows = BlockRows(inputs, block_size)
@@ -266,6 +275,7 @@ class BD3LMTrainer(A2DTrainer):
                 items,
                 self._metrics["train"],
                 ar=(torch.zeros((), device=total.device), ar_nll_M),
+                repeats=1 if self.args.complementary_views else noise.views,
             )
 
         # 4. The mean over the global batch: the count covers accumulated batches and all processes.

@@ -103,7 +103,7 @@ def coin_tosses(
     return BlockViews(torch.stack(time, dim=1), torch.stack(weight, dim=1), torch.stack(masked, dim=1))
 
 
-def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False) -> BlockViews:
+def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False, nested_views: int = 1) -> BlockViews:
     """
     Of the n tokens of a block that may be hidden, k at random are, k uniform on {1, ..., n}, weight n / k.
 
@@ -116,6 +116,9 @@ def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False) -> B
         seed (`int`): seed of the noise.
         complementary (`bool`, *optional*, defaults to `False`): a second view hides the other n - k tokens. k is then
             uniform on {0, ..., n}, as n - k is, and the weights are (n + 1) / k and (n + 1) / (n - k).
+        nested_views (`int`, *optional*, defaults to 1): W views that draw k from the W parts of {1, ..., n} in turn
+            and hide the first k tokens of one random order, so that each hides what the one before it hid. The mean
+            over the views has the same expectation; with W = n it is the exact cost of writing that order backward.
 
     Returns:
         [`BlockViews`]
@@ -129,36 +132,35 @@ def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False) -> B
     begins_X = (key_BLC.flatten(0, 1).diff(dim=0) != 0).any(dim=-1)
     group_X = torch.nn.functional.pad(begins_X.long().cumsum(dim=0), (1, 0))
 
-    # 2. n, and k by the block's own place in the stratified sequence.
+    # 2. n, and the order in which the tokens of a block are hidden: by their bits.
     maskable_X = maskable_BL.flatten()
     n_X = torch.zeros_like(group_X).index_add(0, group_X, maskable_X.long())[group_X]
-    lowest = 0 if complementary else 1
-    fraction_X = time_BL.flatten().to(group_X.device)
-    k_X = (lowest + (fraction_X * (n_X + 1 - lowest)).long()).clamp(max=n_X)
-
-    # 3. The k tokens whose bits are lowest in their block.
     bits_X = random_bits(TOKEN_MASK, seed, rows.epoch, rows.row_id, rows.position_BL).flatten()
     bits_X = bits_X.masked_fill(~maskable_X, torch.iinfo(torch.int64).max)
     order_X = bits_X.argsort(stable=True)
     order_X = order_X[group_X[order_X].argsort(stable=True)]
     first_X = torch.searchsorted(group_X, group_X)
     rank_X = torch.empty_like(order_X).scatter(0, order_X, torch.arange(len(order_X), device=order_X.device)) - first_X
-    masked_X = (rank_X < k_X) & maskable_X
 
-    # 4. Their weights, and the view of the others.
-    def views(*of_each: torch.Tensor) -> torch.Tensor:
+    # 3. Each view: k by the block's own place in the stratified sequence, the k tokens that come first, their weights.
+    def stacked(of_each: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([one.view(maskable_BL.shape) for one in of_each], dim=1)
 
-    total_X = (n_X + 1 - lowest).float()
-    weight_X = total_X / k_X.clamp(min=1)
-    if not complementary:
-        return BlockViews(time_BL[:, None], views(weight_X), views(masked_X))
-    others_X = total_X / (n_X - k_X).clamp(min=1)
-    return BlockViews(
-        torch.stack([time_BL, 1.0 - time_BL], dim=1),
-        views(weight_X, others_X),
-        views(masked_X, maskable_X & ~masked_X),
-    )
+    if complementary:
+        fraction_X = time_BL.flatten().to(group_X.device)
+        k_X = (fraction_X * (n_X + 1)).long().clamp(max=n_X)
+        hidden_X = (rank_X < k_X) & maskable_X
+        weights = [(n_X + 1).float() / count_X.clamp(min=1) for count_X in (k_X, n_X - k_X)]
+        times, masks = [time_BL, 1.0 - time_BL], [hidden_X, maskable_X & ~hidden_X]
+        return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
+
+    times, weights, masks = [], [], []
+    for view in range(nested_views):
+        times.append((view + time_BL) / nested_views)
+        k_X = (1 + (times[-1].flatten().to(group_X.device) * n_X).long()).clamp(max=n_X)
+        weights.append(n_X.float() / k_X.clamp(min=1))
+        masks.append((rank_X < k_X) & maskable_X)
+    return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
 
 
 def block_numbers(

@@ -58,6 +58,14 @@ def counted_views(seed, epoch, row, place, block, targets, complementary):
     return [(set_, (n + 1) / len(set_)) for set_ in (hidden, others) if set_]
 
 
+def nested_views(seed, epoch, row, place, block, targets, count):
+    """`count` views, each with a k from its own part of 1 to n, hiding the k targets with the lowest bits."""
+    n, fraction = len(targets), time(seed, epoch, place, block, 0.0, 1.0)
+    by_bits = sorted(targets, key=lambda i: reference_noise.bits(reference_noise.TOKEN_MASK, seed, epoch, row, i))
+    counts = [1 + int((view + fraction) / count * n) for view in range(count)]
+    return [(sorted(by_bits[:k]), n / k) for k in counts]
+
+
 def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary=False):
     """The loss of a batch in training; packed rows have `document_ids`, the number of each in the batch."""
     config, seed = run.diffusion_config, run.args.seed
@@ -79,10 +87,12 @@ def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary
                     views.append(([i for i in targets if i not in hidden], 1 / (1 - t)))
                 if run.args.mask_sampling == "count":
                     views = counted_views(seed, epoch, row, place, block, targets, complementary) if targets else []
+                if run.args.nested_views > 1:
+                    views = nested_views(seed, epoch, row, place, block, targets, run.args.nested_views)
                 for positions, weight in views:
                     found = token_losses(
                         run.model, ids, positions, start, size, config.clean_context, config.token_shift
                     )
-                    total = total + weight / (1 + complementary) * sum(found.values())
+                    total = total + weight / max(1 + complementary, run.args.nested_views) * sum(found.values())
                 items = items + len(targets)
     return total / items

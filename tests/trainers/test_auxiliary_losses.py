@@ -59,17 +59,20 @@ def test_kl_of_mdlm_equals_brute_force(token_shift, tmp_path):
         torch.testing.assert_close(with_kl - without, theirs, rtol=1e-3, atol=5e-5)
 
 
-@pytest.mark.parametrize("complementary", [False, True])
-def test_kl_of_bd3lm_equals_brute_force(complementary, tmp_path):
+@pytest.mark.parametrize(
+    ("views", "repeats"),
+    [({}, 1), ({"complementary_views": True, "time_epsilon": 0.05}, 1), ({"nested_views": 3}, 3)],
+    ids=["one", "complementary", "nested"],
+)
+def test_kl_of_bd3lm_equals_brute_force(views, repeats, tmp_path):
     losses = []
     for weight in (0.0, 2.0):
         run = bd3lm_trainer(
             tmp_path,
             per_device_train_batch_size=6,
-            complementary_views=complementary,
-            mask_sampling="bernoulli",
-            time_epsilon=0.05,
+            mask_sampling="count" if repeats > 1 else "bernoulli",
             teacher_kl_weight=weight,
+            **views,
         )
         perturbed(run.model)
         run.model.train()
@@ -86,7 +89,7 @@ def test_kl_of_bd3lm_equals_brute_force(complementary, tmp_path):
         asked = noise.masked_BWL[:, view].clone()
         asked[:, 0] = False
         total = total + (log_p[asked].exp() * (log_p[asked] - logits[asked].log_softmax(-1))).sum()
-    expected = 2.0 * total / (batch["labels"] != -100).sum()
+    expected = 2.0 * total / repeats / (batch["labels"] != -100).sum()
     torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from a2d_hf.modeling import A2DForMaskedDiffusion, AttentionPattern
+from a2d_hf.trainers.block_noise import BlockRows, counted_tokens
 from tests.conftest import tiny_model
 from tests.trainers import bd3lm_reference
 from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, first_batch, token_rows, trainer
@@ -24,8 +25,10 @@ from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, firs
         {"mask_sampling": "bernoulli", "complementary_views": True, "time_epsilon": 0.05},
         {"mask_sampling": "count"},
         {"mask_sampling": "count", "complementary_views": True},
+        {"nested_views": 3},
+        {"nested_views": 4},
     ],
-    ids=["linear", "cosine", "clipped", "complementary", "count", "count-complementary"],
+    ids=["linear", "cosine", "clipped", "complementary", "count", "count-complementary", "nested", "whole-order"],
 )
 def test_loss_and_gradients_equal_brute_force(noise, clean_context, token_shift, tmp_path):
     run = bd3lm_trainer(
@@ -152,8 +155,9 @@ def test_a_block_of_one_token_has_the_expectation_of_the_sampled_one(tmp_path):
         {"mask_sampling": "bernoulli", "complementary_views": True},
         {"mask_sampling": "count"},
         {"mask_sampling": "count", "complementary_views": True},
+        {"nested_views": 4},
     ],
-    ids=["linear", "cosine", "clipped", "clipped-cosine", "complementary", "count", "count-complementary"],
+    ids=["linear", "cosine", "clipped", "clipped-cosine", "complementary", "count", "count-complementary", "nested"],
 )
 def test_constant_cross_entropy_has_loss_one(fields, tmp_path):
     model = diffusion_model(objective="bd3lm", block_size=6)
@@ -166,15 +170,43 @@ def test_constant_cross_entropy_has_loss_one(fields, tmp_path):
     assert losses.mean().item() / math.log(128) == pytest.approx(1.0, abs=0.025)
 
 
-@pytest.mark.parametrize("complementary", [False, True])
-def test_counted_tokens_have_the_nelbo_for_their_expectation_at_a_lower_variance(complementary, tmp_path):
+def test_nested_views_hide_one_more_token_each_when_there_are_as_many_as_tokens(tmp_path):
+    """Blocks of 4 tokens that may all be hidden: 1, 2, 3, 4 of them, each view all that the one before it hid."""
+    rows = datasets.Dataset.from_list([{"input_ids": list(range(5, 45))}] * 4)
+    run = bd3lm_trainer(tmp_path, rows=rows, nested_views=4, per_device_train_batch_size=4)
+    run.model.train()
+    noise = run.draw_noise(first_batch(run), seed=2)
+    blocks_BWXK = noise.masked_BWL.view(4, 4, 10, 4)
+    assert torch.equal(blocks_BWXK.sum(-1), torch.arange(1, 5)[None, :, None].expand(4, 4, 10))
+    assert (blocks_BWXK[:, 1:] >= blocks_BWXK[:, :-1]).all()
+    assert torch.equal(noise.elbo_weight_BWL[0, :, 0], 4.0 / torch.arange(1, 5))
+    first_hidden_BX = blocks_BWXK[:, 0].float().argmax(-1)
+    assert len(first_hidden_BX.unique()) == 4  # no token is always the first
+
+
+def test_one_nested_view_is_the_counted_noise(tmp_path):
+    run = bd3lm_trainer(tmp_path)
+    run.model.train()
+    rows = BlockRows(first_batch(run), 4)
+    plain, nested = counted_tokens(rows, 3), counted_tokens(rows, 3, nested_views=2)
+    assert plain.masked_BWL.shape[1] == 1 and nested.masked_BWL.shape[1] == 2
+    n_BL = torch.stack([(rows.block_BL == b) & rows.maskable_BL for b in range(16)]).sum(-1)
+    assert n_BL.max() == 4
+    # A k of the whole range lies between the two of its halves, and all of them hide the same order.
+    assert (nested.masked_BWL[:, 0] <= nested.masked_BWL[:, 1]).all()
+    assert (nested.masked_BWL[:, 0] <= plain.masked_BWL[:, 0]).all()
+    assert (plain.masked_BWL[:, 0] <= nested.masked_BWL[:, 1]).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"complementary_views": True}, {"nested_views": 4}])
+def test_counted_tokens_have_the_nelbo_for_their_expectation_at_a_lower_variance(fields, tmp_path):
     """Over 6,000 copies of a row, of which each is a draw of its own."""
     model = diffusion_model(objective="bd3lm", block_size=4, seed=7)
     rows = datasets.Dataset.from_list([{"input_ids": [9, 5, 30, 77, 41, 18, 64]}] * 6000)
     mean, spread = {}, {}
     for sampling in ("bernoulli", "count"):
-        fields = {"mask_sampling": sampling, "complementary_views": complementary}
-        run = bd3lm_trainer(tmp_path, model, rows, block_size=4, per_device_train_batch_size=6000, **fields)
+        own = {"mask_sampling": sampling, **(fields if sampling == "count" or "nested_views" not in fields else {})}
+        run = bd3lm_trainer(tmp_path, model, rows, block_size=4, per_device_train_batch_size=6000, **own)
         run.model.train()
         batch = first_batch(run)
         outputs, noise = (

@@ -165,7 +165,7 @@ def test_block_size_one_is_the_likelihood_of_a_real_parent(real_data, tmp_path):
     assert run.evaluate()["eval_nelbo"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("views", [{}, {"complementary_views": True}, {"nested_views": 4}])
 def test_accumulation_changes_nothing(views, tmp_path):
     results = []
     for size, accumulation in ((8, 1), (2, 4)):
@@ -175,7 +175,7 @@ def test_accumulation_changes_nothing(views, tmp_path):
             max_steps=2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
-            complementary_views=views,
+            **views,
             learning_rate=1e-2,
             optim="sgd",
         )
@@ -228,6 +228,10 @@ def test_compute_metrics_gets_the_logits_of_the_noisy_half(tmp_path):
         ({"mask_sampling": "stratified"}, "must be 'count' or 'bernoulli', not 'stratified'"),
         ({"time_maximum": 0.9}, "`time_maximum` is about times"),
         ({"noise_schedule": "cosine"}, "`noise_schedule` is about times"),
+        ({"nested_views": 0}, "`nested_views` must be at least 1, not 0"),
+        ({"nested_views": 5}, "`nested_views` 5 exceeds the block size 4"),
+        ({"nested_views": 2, "complementary_views": True}, "choose one"),
+        ({"nested_views": 2, "mask_sampling": "bernoulli"}, "set `mask_sampling='count'`"),
         ({"block_size_curriculum": [1, 3, 4]}, "each size dividing the next: 4 does not follow 3"),
         ({"block_size_curriculum": [4, 1]}, "1 does not follow 4"),
         ({"block_size_curriculum": [1, 8]}, "block_size 4, and this trainer trains 8"),

@@ -73,6 +73,7 @@ CASES = {
     "bd3lm, shifted": ("bd3lm", {"token_shift": True}),
     "bd3lm, EOS ends": ("bd3lm", {"tokenizer": tiny_tokenizer()}),
     "bd3lm, two views": ("bd3lm", {"mask_sampling": "bernoulli", "complementary_views": True, "time_epsilon": 0.05}),
+    "bd3lm, nested views": ("bd3lm", {"nested_views": 3, "teacher_kl_weight": 0.7}),
     "bd3lm, coins": ("bd3lm", {"mask_sampling": "bernoulli"}),
     "repalign": ("repalign", {}),
     "repalign, all": ("repalign", {"align_positions": "all", "token_shift": True}),
