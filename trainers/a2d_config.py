@@ -59,6 +59,13 @@ class A2DTrainingConfig(TrainingArguments):
         eval_noise_seed (`int`, *optional*, defaults to `0`):
             Seed of the noise of evaluation, which is the same at every evaluation of every run.
 
+        > Parameters that control the optimizer
+
+        muon_learning_rate (`float`, *optional*):
+            Trains the matrices of the layers with Muon at this rate, embeddings, output head and vectors with AdamW at
+            `learning_rate`; both follow the schedule. Updates have the size of AdamW's, so rates are of one kind. By
+            default everything is `optim`'s. Not where weights are in shards (FSDP, DeepSpeed).
+
         > Parameters that control the auxiliary losses: in training only, divided by what the loss is divided by
 
         ar_loss_weight (`float`, *optional*, defaults to `0.0`):
@@ -187,6 +194,12 @@ class A2DTrainingConfig(TrainingArguments):
         default=0, metadata={"help": "Seed of the noise of evaluation, the same at every evaluation of every run."}
     )
 
+    # The optimizer.
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Trains the matrices of the layers with Muon at this rate, the rest with AdamW."},
+    )
+
     # The auxiliary losses.
     ar_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the parent's own next-token loss on the clean text."}
@@ -250,6 +263,13 @@ class A2DTrainingConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be 0 or more, not {getattr(self, name)}.")
         if self.replay_buffer_size < 1:
             raise ValueError(f"`replay_buffer_size` must be at least 1, not {self.replay_buffer_size}.")
+        if self.muon_learning_rate is not None:
+            if self.muon_learning_rate <= 0:
+                raise ValueError(f"`muon_learning_rate` must be positive, not {self.muon_learning_rate}.")
+            if self.optim != TrainingArguments.default_optim:
+                raise ValueError(
+                    f"`muon_learning_rate` is Muon with AdamW, `optim` asks for {self.optim.value}: set one of them."
+                )
         if self.teacher_logits_cache is not None and (self.teacher_kl_weight == 0 or self.teacher is not None):
             raise ValueError(
                 "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."

@@ -34,6 +34,7 @@ from .diffusion_collator import DiffusionCollator
 from .epoch_order import EOSTail, EpochOrder, OrderedRows, PaddedSequence, StreamOrder
 from .measured_trainer import MeasuredTrainer
 from .model_resolution import add_adapter, base_model, resolve_model, resolve_tokenizer
+from .muon_optimizer import muon_of
 from .replay import REPLAY, ReplayCollator, ReplayedRows, replay_seed
 from .row_packing import PackedEpochOrder, PackedStream, check_packing
 from .teacher_cache import TeacherCache
@@ -155,7 +156,7 @@ class A2DTrainer(MeasuredTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs or muon_of(args),
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if self.args.n_gpu > 1:
