@@ -65,7 +65,11 @@ class AuxiliaryLosses:
         return outputs.loss, outputs.token_nll
 
     def teacher_kl(
-        self, inputs: dict[str, torch.Tensor], masked_BWL: torch.Tensor, head_input_ND: torch.Tensor
+        self,
+        inputs: dict[str, torch.Tensor],
+        masked_BWL: torch.Tensor,
+        head_input_ND: torch.Tensor,
+        taught_BWL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Σ over masked i and all v of p_T(v | x_<i) log(p_T(v | x_<i) / q_i(v)): the teacher reads clean text and is
@@ -75,21 +79,25 @@ class AuxiliaryLosses:
             inputs (`dict[str, torch.Tensor]`): a batch.
             masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): the masked tokens.
             head_input_ND (`torch.Tensor` of shape `(N, D)`): the student's hidden states of those tokens.
+            taught_BWL (`torch.BoolTensor` of shape `(B, W, L)`, *optional*): the sum is over these of them; default
+                all.
 
         Returns:
             The sum, with gradient, and the divergences of the tokens, without.
         """
+        taught_BWL = masked_BWL if taught_BWL is None else masked_BWL & taught_BWL
+        taught_N = taught_BWL[masked_BWL]
         if self.teacher_cache is not None:
-            return self._cached_teacher_kl(inputs, masked_BWL, head_input_ND)
+            return self._cached_teacher_kl(inputs, masked_BWL, head_input_ND, taught_N)
         # 1. The teacher's hidden state of every token that some view has masked; 0, 1, 2, ... in row-major order.
-        wanted_BL = inputs["input_ids"].masked_fill(~masked_BWL.any(dim=1), -100)
+        wanted_BL = inputs["input_ids"].masked_fill(~taught_BWL.any(dim=1), -100)
         targets_BL = causal_targets(wanted_BL, inputs["attention_mask"], inputs.get("document_ids"))
         asked_BL = (targets_BL != -100).roll(1, dims=-1)  # nothing is asked at the last position
         number_BL = (asked_BL.flatten().cumsum(dim=0) - 1).view(asked_BL.shape)
         teacher_ME = self.teacher(**clean_text(inputs), labels=targets_BL).head_input
 
         # 2. For each masked token of each view, the student's row and the teacher's.
-        keep_N = asked_BL[:, None].expand(masked_BWL.shape)[masked_BWL]
+        keep_N = asked_BL[:, None].expand(masked_BWL.shape)[masked_BWL] & taught_N
         number_N = number_BL[:, None].expand(masked_BWL.shape)[masked_BWL][keep_N]
         student, teacher = base_model(self.model), base_model(self.teacher.model)
         return linear_kl(
@@ -103,7 +111,11 @@ class AuxiliaryLosses:
         )
 
     def _cached_teacher_kl(
-        self, inputs: dict[str, torch.Tensor], masked_BWL: torch.Tensor, head_input_ND: torch.Tensor
+        self,
+        inputs: dict[str, torch.Tensor],
+        masked_BWL: torch.Tensor,
+        head_input_ND: torch.Tensor,
+        taught_N: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, lumped, of a teacher that is read from the disk; EOS added behind a row has no teacher there."""
         # 1. What is kept of the rows of the batch, one behind the other, and which entry belongs to which token.
@@ -124,7 +136,7 @@ class AuxiliaryLosses:
 
         # 2. For each masked token of each view, the student's row and the teacher's entry.
         number_N = number_BL[:, None].expand(masked_BWL.shape)[masked_BWL]
-        keep_N = number_N >= 0
+        keep_N = (number_N >= 0) & taught_N
         if not keep_N.any():
             return head_input_ND.sum() * 0.0, torch.zeros(0, device=head_input_ND.device)
         number_N, device, student = number_N[keep_N], head_input_ND.device, base_model(self.model)
@@ -152,6 +164,7 @@ class AuxiliaryLosses:
         metrics: DiffusionMetrics,
         ar: tuple[torch.Tensor, torch.Tensor] | None = None,
         repeats: int = 1,
+        taught_BWL: torch.Tensor | None = None,
     ) -> torch.Tensor | float:
         """
         The weighted sum of the auxiliary losses over this batch.
@@ -166,6 +179,7 @@ class AuxiliaryLosses:
             metrics ([`DiffusionMetrics`]): where each is noted, unweighted, per token.
             ar (`tuple`, *optional*): the parent's own loss where the objective has it already, as in `causal_pass`.
             repeats (`int`, *optional*, defaults to 1): views in which one token may be masked, which share its weight.
+            taught_BWL (`torch.BoolTensor`, *optional*): see [`~AuxiliaryLosses.teacher_kl`].
         """
         args, total = self.args, 0.0
         if args.ar_loss_weight > 0:
@@ -173,7 +187,7 @@ class AuxiliaryLosses:
             total = total + args.ar_loss_weight * loss
             metrics.add("ar_nll", nll_M.sum(), torch.tensor(nll_M.numel()))
         if args.teacher_kl_weight > 0:
-            loss, kl_M = self.teacher_kl(inputs, masked_BWL, head_input_ND)
+            loss, kl_M = self.teacher_kl(inputs, masked_BWL, head_input_ND, taught_BWL)
             total = total + args.teacher_kl_weight * loss / repeats
             metrics.add("teacher_kl", kl_M.sum(), torch.tensor(kl_M.numel()))
         if args.router_aux_loss_weight > 0:

@@ -48,6 +48,10 @@ class BD3LMConfig(A2DTrainingConfig):
             How many times every row is noised, all sharing one clean copy: the first view hides the fewest tokens of
             each block, every further one more of the same random order. At most the block size. A step reads
             `nested_views` + 1 copies and learns that much more from its tokens. Needs `mask_sampling="count"`.
+        teacher_kl_tokens (`str`, *optional*, defaults to `"masked"`):
+            Which tokens `teacher_kl_weight` is about: `"masked"` (all that are) or `"unseen_behind"` (those behind
+            which nothing of their block is visible). The teacher reads from left to right: of the others it knows less
+            than the model may, and teaches to leave out what stands behind.
         fill_last_block (`bool`, *optional*, defaults to `True`):
             Whether the last block of rows that end with EOS is filled up with EOS, so that the model learns what
             stands behind an end. Left out of the reported NELBO.
@@ -100,6 +104,13 @@ class BD3LMConfig(A2DTrainingConfig):
         default=1,
         metadata={"help": "How many times rows are noised, each time with more of the same tokens masked."},
     )
+    teacher_kl_tokens: str = field(
+        default="masked",
+        metadata={
+            "help": "Which tokens the teacher's KL is about: 'masked' or 'unseen_behind' (of which it knows enough).",
+            "choices": ["masked", "unseen_behind"],
+        },
+    )
     fill_last_block: bool = field(
         default=True, metadata={"help": "Whether the last block of rows that end with EOS is filled up with EOS."}
     )
@@ -114,6 +125,10 @@ class BD3LMConfig(A2DTrainingConfig):
             raise ValueError(f"`block_size` must be positive, not {self.block_size}.")
         if self.clean_context not in (None, "block", "causal"):
             raise ValueError(f"`clean_context` must be 'block' or 'causal', not {self.clean_context!r}.")
+        if self.teacher_kl_tokens not in ("masked", "unseen_behind"):
+            raise ValueError(
+                f"`teacher_kl_tokens` must be 'masked' or 'unseen_behind', not {self.teacher_kl_tokens!r}."
+            )
         self._check_times()
         self._check_curriculum()
 

@@ -19,7 +19,7 @@ from .a2d_trainer import A2DTrainer
 from .batch_rows import in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
-from .block_noise import BlockRows, coin_tosses, counted_tokens, whole_blocks
+from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, whole_blocks
 from .model_resolution import base_model
 from .row_tokenization import RowRules
 from .teachers import causal_targets
@@ -276,6 +276,7 @@ class BD3LMTrainer(A2DTrainer):
                 self._metrics["train"],
                 ar=(torch.zeros((), device=total.device), ar_nll_M),
                 repeats=1 if self.args.complementary_views else noise.views,
+                taught_BWL=self.taught_tokens(inputs, noise),
             )
 
         # 4. The mean over the global batch: the count covers accumulated batches and all processes.
@@ -309,6 +310,12 @@ class BD3LMTrainer(A2DTrainer):
             return targets_BL
         asked_BL = (targets_BL != -100).roll(1, dims=-1)  # nothing is asked at the last position
         return inputs["labels"].masked_fill(~asked_BL, -100)
+
+    def taught_tokens(self, inputs: dict[str, torch.Tensor], noise: BD3LMNoise) -> torch.Tensor | None:
+        """The masked tokens that the teacher's KL is about, `(B, W, L)`; `None` for all."""
+        if self.args.teacher_kl_tokens == "masked" or self.args.teacher_kl_weight == 0:
+            return None
+        return nothing_visible_behind(BlockRows(inputs, noise.block_size), noise.masked_BWL)
 
     @staticmethod
     def noisy_rows(labels_BWL: torch.Tensor, clean_labels_BL: torch.Tensor) -> torch.Tensor:

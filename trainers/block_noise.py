@@ -163,6 +163,27 @@ def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False, nest
     return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
 
 
+def nothing_visible_behind(rows: BlockRows, masked_BWL: torch.Tensor) -> torch.Tensor:
+    """
+    Whether no token that stands behind a token in its block can be seen: a teacher that reads from left to right knows
+    of such a token at least what the model knows.
+
+    Args:
+        rows ([`BlockRows`]): the blocks.
+        masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): the tokens that are hidden.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, W, L)`.
+    """
+    visible_BWL = ~masked_BWL & rows.inputs["attention_mask"].bool()[:, None]
+    found_BWL = torch.zeros_like(visible_BWL)
+    block_BL, document_BL, length = rows.block_BL, rows.document_BL, masked_BWL.shape[-1]
+    for ahead in range(1, min(rows.block_size, length)):
+        same_BX = (block_BL[:, ahead:] == block_BL[:, :-ahead]) & (document_BL[:, ahead:] == document_BL[:, :-ahead])
+        found_BWL[..., :-ahead] |= same_BX[:, None] & visible_BWL[..., ahead:]
+    return ~found_BWL
+
+
 def block_numbers(
     attention_mask_BL: torch.Tensor, document_ids_BL: torch.Tensor | None, block_size: int
 ) -> torch.Tensor:

@@ -93,6 +93,48 @@ def test_kl_of_bd3lm_equals_brute_force(views, repeats, tmp_path):
     torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_kl_of_tokens_with_nothing_visible_behind_them(packed, tmp_path):
+    """Which tokens those are, written out token by token."""
+    losses = []
+    for weight in (0.0, 2.0):
+        run = bd3lm_trainer(
+            tmp_path,
+            per_device_train_batch_size=6,
+            packing=packed,
+            teacher_kl_weight=weight,
+            teacher_kl_tokens="unseen_behind",
+        )
+        perturbed(run.model)
+        run.model.train()
+        losses.append(run.compute_loss(run.model, first_batch(run)))
+    batch, noise = first_batch(run), run.draw_noise(first_batch(run), run.args.seed)
+    documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
+    documents = documents.masked_fill(batch["attention_mask"] == 0, -1)
+    logits = run.model(
+        input_ids=torch.cat([noise.noised_ids_BWL[:, 0], batch["input_ids"]], dim=1),
+        attention_mask=batch["attention_mask"].repeat(1, 2),
+        attention_pattern=AttentionPattern.bd3lm(4),
+        **({"document_ids": batch["document_ids"].repeat(1, 2)} if packed else {}),
+    ).logits[:, : documents.shape[1]]
+    total, taught, parent = 0.0, 0, tiny_model("llama")
+    for b in range(documents.shape[0]):
+        for document in documents[b].unique().tolist():
+            places = (documents[b] == document).nonzero()[:, 0].tolist() if document >= 0 else []
+            for i, place in enumerate(places):
+                behind = places[i + 1 : i // 4 * 4 + 4]
+                hidden = noise.masked_BL[b, place] and all(noise.masked_BL[b, j] for j in behind)
+                if i == 0 or not hidden:
+                    continue
+                with torch.no_grad():
+                    log_p = parent(batch["input_ids"][b, places[:i]][None]).logits[0, -1].log_softmax(-1)
+                total = total + (log_p.exp() * (log_p - logits[b, place].log_softmax(-1))).sum()
+                taught += 1
+    assert 0 < taught < int(noise.masked_BL.sum())
+    expected = 2.0 * total / (batch["labels"] != -100).sum()
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @contextlib.contextmanager
 def count_passes(module):
     passes = []

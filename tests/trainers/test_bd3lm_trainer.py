@@ -228,6 +228,7 @@ def test_compute_metrics_gets_the_logits_of_the_noisy_half(tmp_path):
         ({"mask_sampling": "stratified"}, "must be 'count' or 'bernoulli', not 'stratified'"),
         ({"time_maximum": 0.9}, "`time_maximum` is about times"),
         ({"noise_schedule": "cosine"}, "`noise_schedule` is about times"),
+        ({"teacher_kl_tokens": "all"}, "must be 'masked' or 'unseen_behind', not 'all'"),
         ({"nested_views": 0}, "`nested_views` must be at least 1, not 0"),
         ({"nested_views": 5}, "`nested_views` 5 exceeds the block size 4"),
         ({"nested_views": 2, "complementary_views": True}, "choose one"),

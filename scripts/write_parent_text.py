@@ -1,0 +1,179 @@
+"""Lets an autoregressive parent write the text that it is converted on: a conversion without data.
+
+    python scripts/write_parent_text.py SRC --tokens 2000000 --out own.jsonl
+    a2d convert SRC --data own.jsonl ...
+
+Owns the sampling of that text and its file, one row for each text: `{"text": ...}`. Text that the parent wrote is, by
+definition, what the parent knows: nothing is forgotten for the sake of another corpus, and every token comes from the
+distribution that is to be kept. Sampled at temperature 1 and nothing cut off, unless told otherwise.
+
+What is finished is on disk after every batch: a run that was stopped goes on where it was when the same command is
+given again, and writes the same bytes as one that was not.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from a2d_hf.atomic_files import explained_writes, write_text
+from a2d_hf.errors import A2DError, BadInput
+
+
+SHORTEST = 2  # tokens of a text that is worth a row
+
+
+def start_token(model: Any, tokenizer: Any, named: str | None) -> int:
+    """The token that every text begins after: `--start`, or BOS, or EOS where it separates texts as in GPT-2."""
+    if named is not None:
+        ids = tokenizer.encode(named, add_special_tokens=False)
+        if len(ids) != 1:
+            raise BadInput(f"--start {named!r} is {len(ids)} tokens of this tokenizer: name one.")
+        return ids[0]
+    for token in (tokenizer.bos_token_id, model.generation_config.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise BadInput("This tokenizer has neither BOS nor EOS: name the token that texts begin after with --start.")
+
+
+def batches(model: Any, tokenizer: Any, args: argparse.Namespace, first: int) -> Iterator[tuple[list[str], int]]:
+    """
+    Texts without end, batch by batch, each a pure function of the seed and its number.
+
+    Yields:
+        `tuple[list[str], int]`: the texts of a batch, and how many tokens they have.
+    """
+    import torch
+
+    start, special = start_token(model, tokenizer, args.start), set(tokenizer.all_special_ids)
+    prompt = torch.full((args.batch_size, 1), start, device=model.device)
+    for number in itertools.count(first):
+        torch.manual_seed((args.seed << 32) + number)
+        sampled = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=0,
+            max_new_tokens=args.length - 1,
+            pad_token_id=start,
+        )
+        texts, tokens = [], 0
+        for row in sampled[:, 1:].tolist():
+            for is_special, ids in itertools.groupby(row, lambda token: token in special):
+                ids = list(ids)
+                if not is_special and len(ids) >= SHORTEST:
+                    texts.append(tokenizer.decode(ids))
+                    tokens += len(ids)
+        if not texts:
+            raise BadInput(f"{args.source} ends every text at once when it begins after token {start}: see --start.")
+        yield texts, tokens
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What must agree for a part that is there to be continued."""
+    names = ("source", "batch_size", "length", "temperature", "top_p", "start", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def finished(part: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """
+    The batches of an earlier, unfinished run.
+
+    Returns:
+        `tuple[list[dict], int]`: them, and the bytes that they and the settings take; a last line that was cut off by
+        a crash does not count.
+    """
+    if not part.is_file():
+        return [], 0
+    lines, size = [], 0
+    for line in part.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        lines.append(json.loads(line))
+        size += len(line)
+    if lines and lines[0] != settings:
+        raise BadInput(f"{part} belongs to a run with other settings: remove it, or name another --out.")
+    return lines[1:], size
+
+
+def append(file: BinaryIO, line: dict[str, Any]) -> None:
+    """Adds a line that is on disk when this returns."""
+    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out.suffix != ".jsonl":
+        raise BadInput(f"--out {args.out} must end in .jsonl, which is what is written.")
+    if args.out.exists():
+        raise BadInput(f"--out {args.out} is there already: name another file.")
+    for name in ("tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        raise BadInput("--temperature must be positive, and --top-p in (0, 1].")
+    part, settings = Path(f"{args.out}.part"), settings_of(args)
+    done, size = finished(part, settings)
+
+    from transformers import AutoTokenizer
+
+    from a2d_hf.surgery import load_parent
+
+    model = load_parent(Path(args.source)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    longest = model.config.get_text_config().max_position_embeddings
+    if not SHORTEST < args.length <= longest:
+        raise BadInput(f"--length must lie between {SHORTEST + 1} and the parent's {longest}, not {args.length}.")
+
+    with explained_writes(args.out), part.open("ab") as file:
+        file.truncate(size)
+        if size == 0:
+            append(file, settings)
+        total = sum(batch["tokens"] for batch in done)
+        with tqdm(total=args.tokens, initial=min(total, args.tokens), unit="tok", unit_scale=True) as bar:
+            source = batches(model, tokenizer, args, len(done))
+            while total < args.tokens:
+                texts, tokens = next(source)
+                done.append({"tokens": tokens, "texts": texts})
+                append(file, done[-1])
+                total += tokens
+                bar.update(tokens)
+        texts = [text for batch in done for text in batch["texts"]]
+        write_text(args.out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    part.unlink()
+    print(f"{len(texts):,} texts of {total:,} tokens in {args.out}.")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", help="folder of an autoregressive checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl to write")
+    parser.add_argument("--tokens", type=int, required=True, help="how many to write, at the least")
+    parser.add_argument("--length", type=int, default=512, help="most tokens of a text, BOS included")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--start", help="the token that texts begin after; default: BOS, or EOS where there is none")
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        return run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except A2DError as error:
+        print(f"write_parent_text: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
