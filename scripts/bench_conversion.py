@@ -43,6 +43,7 @@ class Arm:
         config (`dict`): fields of the trainer's configuration.
         anneal (`float`): share of the steps over which attention opens.
         lora (`bool`): adapters of rank 16 on every linear layer in place of all weights.
+        own_text (`bool`): trained on what the parent wrote (`--own-text`) in place of the data.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Arm:
     config: dict[str, Any] = field(default_factory=dict)
     anneal: float = 0.0
     lora: bool = False
+    own_text: bool = False
 
 
 # Tried on the first seed, by objective. A block's model starts near its parent and wants smaller steps.
@@ -151,7 +153,10 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
     }
     trainer_class, config_class = kinds[arm.objective]
     tokenizer = AutoTokenizer.from_pretrained(args.source)
-    train, held_out = prepared_rows(args.source, args.data, args.max_length, args.held_out_tokens, arm.token_shift)
+    prepare = functools.partial(prepared_rows, args.source, max_length=args.max_length, token_shift=arm.token_shift)
+    train, held_out = prepare(args.data, held_out_tokens=args.held_out_tokens)
+    if arm.own_text:
+        train, _ = prepare(args.own_text, held_out_tokens=args.held_out_tokens)
     tokens_per_step = budget.batch_size * statistics.mean(len(row["input_ids"]) for row in train)
     steps = budget.steps(tokens_per_step)
     torch.manual_seed(seed)
@@ -360,6 +365,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="folder of an autoregressive checkpoint")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--own-text", help="what write_parent_text.py has written, for the arms that train on it")
     parser.add_argument("--tokens", type=int, default=196_608, help="trained for in every run")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -386,7 +392,11 @@ def main() -> int:
         "parent_nll": parent_nll(args),
     }
     results = Results(args.json, facts)
-    arms = [arm for arm in ARMS if args.arms is None or arm.name in args.arms]
+    arms = [
+        arm for arm in ARMS if arm.name in (args.arms or [a.name for a in ARMS if args.own_text or not a.own_text])
+    ]
+    if args.own_text is None and any(arm.own_text for arm in arms) and not args.show:
+        parser.error("--own-text is missing: write it with scripts/write_parent_text.py.")
     if not args.show:
         measure_all(args, arms, budget, results)
     rows = summary(results, arms)

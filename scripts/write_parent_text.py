@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,9 @@ def start_token(model: Any, tokenizer: Any, named: str | None) -> int:
     raise BadInput("This tokenizer has neither BOS nor EOS: name the token that texts begin after with --start.")
 
 
-def batches(model: Any, tokenizer: Any, args: argparse.Namespace, first: int) -> Iterator[tuple[list[str], int]]:
+def batches(
+    model: Any, tokenizer: Any, args: argparse.Namespace, start: int, first: int
+) -> Iterator[tuple[list[str], int]]:
     """
     Texts without end, batch by batch, each a pure function of the seed and its number.
 
@@ -51,10 +54,11 @@ def batches(model: Any, tokenizer: Any, args: argparse.Namespace, first: int) ->
     """
     import torch
 
-    start, special = start_token(model, tokenizer, args.start), set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
     prompt = torch.full((args.batch_size, 1), start, device=model.device)
     for number in itertools.count(first):
-        torch.manual_seed((args.seed << 32) + number)
+        # Torch's generator on a CPU reads the lower 32 bits of a seed only, so both numbers have to be in them.
+        torch.manual_seed(random.Random(f"{args.seed} {number}").getrandbits(32))
         sampled = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -133,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
     longest = model.config.get_text_config().max_position_embeddings
     if not SHORTEST < args.length <= longest:
         raise BadInput(f"--length must lie between {SHORTEST + 1} and the parent's {longest}, not {args.length}.")
+    start = start_token(model, tokenizer, args.start)
 
     with explained_writes(args.out), part.open("ab") as file:
         file.truncate(size)
@@ -140,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             append(file, settings)
         total = sum(batch["tokens"] for batch in done)
         with tqdm(total=args.tokens, initial=min(total, args.tokens), unit="tok", unit_scale=True) as bar:
-            source = batches(model, tokenizer, args, len(done))
+            source = batches(model, tokenizer, args, start, len(done))
             while total < args.tokens:
                 texts, tokens = next(source)
                 done.append({"tokens": tokens, "texts": texts})

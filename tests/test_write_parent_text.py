@@ -1,0 +1,97 @@
+"""scripts/write_parent_text.py: what it writes, that it can be stopped at any moment, and what it refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_model, tiny_tokenizer
+
+
+path = Path(__file__).parents[1] / "scripts" / "write_parent_text.py"
+spec = importlib.util.spec_from_file_location("write_parent_text", path)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parent")
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(parent: Path, out: Path, *more: str) -> int:
+    fast = ("--tokens", "120", "--length", "24", "--batch-size", "2")
+    return script.main([str(parent), "--out", str(out), *fast, *more])
+
+
+def test_rows_of_text_as_many_as_asked_for_and_the_same_again(parent, tmp_path, capsys):
+    assert written(parent, tmp_path / "a.jsonl") == 0
+    assert written(parent, tmp_path / "b.jsonl") == 0
+    assert written(parent, tmp_path / "c.jsonl", "--seed", "1") == 0
+    a, b, c = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abc")
+    assert a == b != c
+    rows = [json.loads(line) for line in a.splitlines()]
+    assert rows and all(set(row) == {"text"} and row["text"] for row in rows)
+    tokenizer = tiny_tokenizer()
+    assert not any(token in row["text"] for row in rows for token in tokenizer.all_special_tokens)
+    assert not list(tmp_path.glob("*.part")) and "tokens in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [0, 7])
+def test_a_run_that_was_killed_goes_on_where_it_was(cut, parent, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    written(parent, whole)
+    append, lines = script.append, []
+
+    def killed(file, line):
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+        lines.append(line)
+        append(file, line)
+
+    monkeypatch.setattr(script, "append", killed)
+    assert written(parent, stopped) == 130
+    assert not stopped.exists()
+    part = Path(f"{stopped}.part")
+    if cut:  # the power went while a line was being written
+        part.write_bytes(part.read_bytes()[:-cut])
+    sampled = []
+    original = script.batches
+    monkeypatch.setattr(script, "append", append)
+    monkeypatch.setattr(script, "batches", lambda *args: sampled.append(args[-1]) or original(*args))
+    assert written(parent, stopped) == 0
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert sampled == [0 if cut else 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--length", "1"), "--length must lie between 3 and"),
+        (("--tokens", "0"), "--tokens must be at least 1, not 0"),
+        (("--temperature", "0"), "--temperature must be positive"),
+        (("--start", "two words of it"), "name one"),
+        (("--out", "x.txt"), "must end in .jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(more, message, parent, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert written(parent, tmp_path / "own.jsonl", *more) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_another_run_nor_a_finished_file_is_overwritten(parent, tmp_path, capsys):
+    out = tmp_path / "own.jsonl"
+    assert written(parent, out) == 0
+    before = out.read_bytes()
+    assert written(parent, out) == 2 and out.read_bytes() == before
+    Path(f"{tmp_path / 'new.jsonl'}.part").write_text('{"seed": 5}\n')
+    assert written(parent, tmp_path / "new.jsonl") == 2
+    assert "other settings" in capsys.readouterr().err
