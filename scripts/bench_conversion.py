@@ -339,9 +339,8 @@ def main() -> int:
         "parent_nll": parent_nll(args),
     }
     results = Results(args.json, facts)
-    arms = [
-        arm for arm in ARMS if arm.name in (args.arms or [a.name for a in ARMS if args.own_text or not a.own_text])
-    ]
+    wanted = args.arms or [arm.name for arm in ARMS if args.show or args.own_text or not arm.own_text]
+    arms = [arm for arm in ARMS if arm.name in wanted]
     if args.own_text is None and any(arm.own_text for arm in arms) and not args.show:
         parser.error("--own-text is missing: write it with scripts/write_parent_text.py.")
     if not args.show:
