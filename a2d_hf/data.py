@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
+from .errors import BadInput, first_sentence
 
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ def _read_hub(name: str, argument: str, where: dict[str, str] | None, config: st
     try:
         dataset = load_dataset(identifier, config, split=split or "train")
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"{argument} {name} is neither a file nor a data set that can be loaded: {reason}") from error
+        raise BadInput(
+            f"{argument} {name} is neither a file nor a data set that can be loaded: {first_sentence(error)}"
+        ) from error
     digest = hashlib.sha256()
     rows = []
     for number, row in enumerate(dataset, start=1):
@@ -241,7 +242,7 @@ def explained_tokenizing(what: str) -> Iterator[None]:
         # The tokenizers library raises plain `Exception`, for example for a letter that a vocabulary does not have.
         if not isinstance(error, ValueError) and type(error) is not Exception:
             raise
-        raise BadInput(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        raise BadInput(f"{what}: {first_sentence(error)}") from error
 
 
 def cut_text(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import ALIASES, FORMS, HINT, KEPT, SUFFIXES, has_value
-from .errors import BadInput
+from .errors import BadInput, first_sentence
 
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _load_splits(part: Part, keywords: dict[str, Any], streaming: bool) -> dict[
     try:
         return datasets.load_dataset(**keywords, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_sentence(error)
         script = "Dataset scripts are no longer supported" in reason
         hint = " Name a data set that is stored as parquet." if script else ""
         raise BadInput(f"{part.path} cannot be loaded: {reason}{hint}") from error

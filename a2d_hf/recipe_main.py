@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .console import Console
-from .errors import A2DError, BadInput
+from .errors import A2DError, BadInput, first_sentence
 
 
 ROOT = Path(__file__).resolve().parent
@@ -38,7 +38,7 @@ def run_recipe(main: Callable[..., None], parser: Any) -> int:
         return error.exit_code
     except OSError as error:
         # A model or a file that is not there, a full disk: the libraries' first line says which.
-        console.error(_first_line(error))
+        console.error(first_sentence(error))
         return BadInput.exit_code
     except (ValueError, TypeError) as error:
         if not _raised_here(error):
@@ -68,10 +68,6 @@ def _parsed(parser: Any) -> tuple[Any, ...]:
         return parser.parse_args_and_config()
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise BadInput(f"The arguments cannot be used: {' '.join(str(error).split())}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import Console
-from ..errors import BadInput
+from ..errors import BadInput, first_sentence
 
 
 DESCRIPTION = """
@@ -91,8 +91,7 @@ def _model(name: str) -> tuple[Any, dict[str, Any]]:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
         config, _ = PreTrainedConfig.get_config_dict(place, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"--model {name} has no tokenizer that can be loaded: {reason}") from error
+        raise BadInput(f"--model {name} has no tokenizer that can be loaded: {first_sentence(error)}") from error
     return tokenizer, config
 
 
