@@ -205,7 +205,8 @@ def test_counted_tokens_have_the_nelbo_for_their_expectation_at_a_lower_variance
     rows = datasets.Dataset.from_list([{"input_ids": [9, 5, 30, 77, 41, 18, 64]}] * 6000)
     mean, spread = {}, {}
     for sampling in ("bernoulli", "count"):
-        own = {"mask_sampling": sampling, **(fields if sampling == "count" or "nested_views" not in fields else {})}
+        views = {} if sampling == "bernoulli" and "nested_views" in fields else fields  # coins have no such views
+        own = {"mask_sampling": sampling, **views}
         run = bd3lm_trainer(tmp_path, model, rows, block_size=4, per_device_train_batch_size=6000, **own)
         run.model.train()
         batch = first_batch(run)
