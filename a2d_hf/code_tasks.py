@@ -6,15 +6,14 @@ problem is appended as soon as it is done. Scores are those of `evaluate` with t
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic_files import explained_writes
 from .code_execution import Limits
 from .errors import BadInput
+from .journal import Journal
 from .local_metrics import load_metric
 
 
@@ -186,46 +185,21 @@ def write_program(
     return cut(completion, problem.stops)
 
 
-class Generations:
+class Generations(Journal):
     """
     `generations.jsonl`: what has been written, one line per problem, appended as soon as it is done.
 
-    Args:
-        path (`Path`): the file; its first line holds the settings.
-        settings (`dict`): of this run.
-
-    Raises:
-        [`BadInput`]: the file holds what other settings or another model wrote.
+    Args: as in [`Journal`].
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.done = path, {}
-        lines = path.read_bytes().split(b"\n") if path.is_file() else []
-        records = []
-        for line in lines[:-1]:  # what no newline ends was torn by a kill
-            if line.strip():
-                records.append(json.loads(line))
-        if records and records[0] != {"settings": settings}:
-            raise BadInput(
-                f"{path} was written with other settings or another model: give another --out, or remove it."
-            )
-        self.done = {record["name"]: record["completions"] for record in records[1:]}
-        if lines and lines[-1]:
-            with explained_writes(path):
-                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
-        if not records:
-            self._append({"settings": settings})
+        super().__init__(path, settings)
+        self.done = {record["name"]: record["completions"] for record in self.records}
 
     def add(self, name: str, completions: list[str]) -> None:
         """Keeps the completions of a problem."""
-        self._append({"name": name, "completions": completions})
+        super().add({"name": name, "completions": completions})
         self.done[name] = completions
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with explained_writes(self.path), open(self.path, "ab") as file:
-            file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def score(

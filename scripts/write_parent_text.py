@@ -14,17 +14,17 @@ given again, and writes the same bytes as one that was not.
 import argparse
 import itertools
 import json
-import os
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
-from a2d_hf.atomic_files import explained_writes, write_text
+from a2d_hf.atomic_files import write_text
 from a2d_hf.errors import A2DError, BadInput
+from a2d_hf.journal import Journal
 
 
 SHORTEST = 2  # tokens of a text that is worth a row
@@ -87,34 +87,6 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def finished(part: Path, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """
-    The batches of an earlier, unfinished run.
-
-    Returns:
-        `tuple[list[dict], int]`: them, and the bytes that they and the settings take; a last line that was cut off by
-        a crash does not count.
-    """
-    if not part.is_file():
-        return [], 0
-    lines, size = [], 0
-    for line in part.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        lines.append(json.loads(line))
-        size += len(line)
-    if lines and lines[0] != settings:
-        raise BadInput(f"{part} belongs to a run with other settings: remove it, or name another --out.")
-    return lines[1:], size
-
-
-def append(file: BinaryIO, line: dict[str, Any]) -> None:
-    """Adds a line that is on disk when this returns."""
-    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix != ".jsonl":
         raise BadInput(f"--out {args.out} must end in .jsonl, which is what is written.")
@@ -125,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if args.temperature <= 0 or not 0 < args.top_p <= 1:
         raise BadInput("--temperature must be positive, and --top-p in (0, 1].")
-    part, settings = Path(f"{args.out}.part"), settings_of(args)
-    done, size = finished(part, settings)
+    part = Path(f"{args.out}.part")
 
     from transformers import AutoTokenizer
 
@@ -139,21 +110,17 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--length must lie between {SHORTEST + 1} and the parent's {longest}, not {args.length}.")
     start = start_token(model, tokenizer, args.start)
 
-    with explained_writes(args.out), part.open("ab") as file:
-        file.truncate(size)
-        if size == 0:
-            append(file, settings)
-        total = sum(batch["tokens"] for batch in done)
-        with tqdm(total=args.tokens, initial=min(total, args.tokens), unit="tok", unit_scale=True) as bar:
-            source = batches(model, tokenizer, args, start, len(done))
-            while total < args.tokens:
-                texts, tokens = next(source)
-                done.append({"tokens": tokens, "texts": texts})
-                append(file, done[-1])
-                total += tokens
-                bar.update(tokens)
-        texts = [text for batch in done for text in batch["texts"]]
-        write_text(args.out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    journal = Journal(part, settings_of(args))
+    total = sum(batch["tokens"] for batch in journal.records)
+    with tqdm(total=args.tokens, initial=min(total, args.tokens), unit="tok", unit_scale=True) as bar:
+        source = batches(model, tokenizer, args, start, len(journal.records))
+        while total < args.tokens:
+            texts, tokens = next(source)
+            journal.add({"tokens": tokens, "texts": texts})
+            total += tokens
+            bar.update(tokens)
+    texts = [text for batch in journal.records for text in batch["texts"]]
+    write_text(args.out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     part.unlink()
     print(f"{len(texts):,} texts of {total:,} tokens in {args.out}.")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from a2d_hf.journal import Journal
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
@@ -46,15 +47,15 @@ def test_rows_of_text_as_many_as_asked_for_and_the_same_again(parent, tmp_path, 
 def test_a_run_that_was_killed_goes_on_where_it_was(cut, parent, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
     written(parent, whole)
-    append, lines = script.append, []
+    append, lines = Journal._append, []
 
-    def killed(file, line):
+    def killed(journal, line):
         if len(lines) == 2:
             raise KeyboardInterrupt
         lines.append(line)
-        append(file, line)
+        append(journal, line)
 
-    monkeypatch.setattr(script, "append", killed)
+    monkeypatch.setattr(Journal, "_append", killed)
     assert written(parent, stopped) == 130
     assert not stopped.exists()
     part = Path(f"{stopped}.part")
@@ -62,7 +63,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(cut, parent, tmp_path, monke
         part.write_bytes(part.read_bytes()[:-cut])
     sampled = []
     original = script.batches
-    monkeypatch.setattr(script, "append", append)
+    monkeypatch.setattr(Journal, "_append", append)
     monkeypatch.setattr(script, "batches", lambda *args: sampled.append(args[-1]) or original(*args))
     assert written(parent, stopped) == 0
     assert stopped.read_bytes() == whole.read_bytes()
