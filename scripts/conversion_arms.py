@@ -42,8 +42,9 @@ CAUSAL = {"clean_context": "causal"}
 FOUR, COUNTED = {"block_size": 4}, {"block_size": 4, "mask_sampling": "count"}
 BEST = COUNTED | {"complementary_views": True, "teacher_kl_weight": 1.0}
 NESTED = COUNTED | {"nested_views": 4}
-TAUGHT = {"ar_loss_weight": 0.5, "teacher_kl_weight": 0.5, "teacher_kl_tokens": "unseen_behind"}
-OWN = NESTED | TAUGHT | {"muon_learning_rate": 2e-3}
+MUON = NESTED | {"muon_learning_rate": 2e-3}
+OWN = MUON | {"ar_loss_weight": 0.5, "teacher_targets": True}
+ALL_ORDERS = OWN | {"nested_orders": 4}
 ARMS = (
     Arm("MDLM", MDLM),
     Arm("MDLM, shift", MDLM, True),
@@ -65,6 +66,7 @@ ARMS = (
     Arm("BD3LM 4, shift, counted, two views, teacher KL 1", BD3LM, True, CAUSAL, BEST),
     Arm("BD3LM 4, shift, four nested views", BD3LM, True, CAUSAL, NESTED),
     Arm("BD3LM 4, nested views, Muon, own text", BD3LM, False, CAUSAL, OWN, own_text=True),
+    Arm("BD3LM 4, nested views, Muon, own text, all orders", BD3LM, False, CAUSAL, ALL_ORDERS, own_text=True),
     Arm("BD3LM 4, shift, nested views, Muon, own text", BD3LM, True, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
 )

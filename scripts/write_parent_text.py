@@ -3,9 +3,11 @@
     python scripts/write_parent_text.py SRC --tokens 2000000 --out own.jsonl
     a2d convert SRC --data own.jsonl ...
 
-Owns the sampling of that text and its file, one row for each text: `{"text": ...}`. Text that the parent wrote is, by
-definition, what the parent knows: nothing is forgotten for the sake of another corpus, and every token comes from the
-distribution that is to be kept. Sampled at temperature 1 and nothing cut off, unless told otherwise.
+Owns the sampling of that text and its file, one row for each text: `{"input_ids": [...]}`, read with `a2d data preview
+own.jsonl --model SRC`. Text that the parent wrote is, by definition, what the parent knows: nothing is forgotten for
+the sake of another corpus, and every token comes from the distribution that is to be kept. Rows hold the very tokens
+that were sampled: what was cut off at `--length` does not end with EOS as if it had been finished, and no tokenizer
+cuts the words differently. Sampled at temperature 1 and nothing cut off, unless told otherwise.
 
 What is finished is on disk after every batch: a run that was stopped goes on where it was when the same command is
 given again, and writes the same bytes as one that was not.
@@ -27,7 +29,7 @@ from a2d_hf.errors import A2DError, BadInput
 from a2d_hf.journal import Journal
 
 
-SHORTEST = 2  # tokens of a text that is worth a row
+SHORTEST = 2  # tokens of a text that is worth a row, its ends not counted
 
 
 def start_token(model: Any, tokenizer: Any, named: str | None) -> int:
@@ -43,18 +45,33 @@ def start_token(model: Any, tokenizer: Any, named: str | None) -> int:
     raise BadInput("This tokenizer has neither BOS nor EOS: name the token that texts begin after with --start.")
 
 
-def batches(
-    model: Any, tokenizer: Any, args: argparse.Namespace, start: int, first: int
-) -> Iterator[tuple[list[str], int]]:
+def texts_of(sampled: list[int], ends: set[int]) -> list[list[int]]:
+    """
+    The texts of a sampled row: each begins with the row's first token, and ends with the token that ended it, or
+    where the row was cut.
+    """
+    start, *rest = sampled
+    texts = [[start]]
+    for token in rest:
+        texts[-1].append(token)
+        if token in ends:
+            texts.append([start])
+    return [text for text in texts if len([token for token in text if token not in ends]) >= SHORTEST]
+
+
+def batches(model: Any, tokenizer: Any, args: argparse.Namespace, start: int, first: int) -> Iterator[list[list[int]]]:
     """
     Texts without end, batch by batch, each a pure function of the seed and its number.
 
     Yields:
-        `tuple[list[str], int]`: the texts of a batch, and how many tokens they have.
+        `list[list[int]]`: the texts of a batch, token by token.
     """
     import torch
 
-    special = set(tokenizer.all_special_ids)
+    ends = {start, tokenizer.eos_token_id}
+    # A reserved token, or one that only pads the table, is no text; one of them becomes the mask.
+    rows = model.get_output_embeddings().weight.shape[0]
+    never = sorted({*tokenizer.all_special_ids, *range(len(tokenizer), rows)} - ends)
     prompt = torch.full((args.batch_size, 1), start, device=model.device)
     for number in itertools.count(first):
         # Torch's generator on a CPU reads the lower 32 bits of a seed only, so both numbers have to be in them.
@@ -68,17 +85,12 @@ def batches(
             top_k=0,
             max_new_tokens=args.length - 1,
             pad_token_id=start,
+            suppress_tokens=never or None,
         )
-        texts, tokens = [], 0
-        for row in sampled[:, 1:].tolist():
-            for is_special, ids in itertools.groupby(row, lambda token: token in special):
-                ids = list(ids)
-                if not is_special and len(ids) >= SHORTEST:
-                    texts.append(tokenizer.decode(ids))
-                    tokens += len(ids)
+        texts = [text for row in sampled.tolist() for text in texts_of(row, ends)]
         if not texts:
             raise BadInput(f"{args.source} ends every text at once when it begins after token {start}: see --start.")
-        yield texts, tokens
+        yield texts
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,17 +122,19 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"--length must lie between {SHORTEST + 1} and the parent's {longest}, not {args.length}.")
     start = start_token(model, tokenizer, args.start)
 
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(part, settings_of(args))
-    total = sum(batch["tokens"] for batch in journal.records)
+    total = sum(len(text) for batch in journal.records for text in batch["texts"])
     with tqdm(total=args.tokens, initial=min(total, args.tokens), unit="tok", unit_scale=True) as bar:
         source = batches(model, tokenizer, args, start, len(journal.records))
         while total < args.tokens:
-            texts, tokens = next(source)
-            journal.add({"tokens": tokens, "texts": texts})
+            texts = next(source)
+            journal.add({"texts": texts})
+            tokens = sum(len(text) for text in texts)
             total += tokens
             bar.update(tokens)
     texts = [text for batch in journal.records for text in batch["texts"]]
-    write_text(args.out, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    write_text(args.out, "".join(json.dumps({"input_ids": text}) + "\n" for text in texts))
     part.unlink()
     print(f"{len(texts):,} texts of {total:,} tokens in {args.out}.")
     return 0

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from a2d_hf.conversion_settings import ConversionSettings
+from a2d_hf.data import read_rows
 from a2d_hf.journal import Journal
+from a2d_hf.training_run import prepare_data
 from tests.conftest import tiny_model, tiny_tokenizer
 
 
@@ -30,17 +33,36 @@ def written(parent: Path, out: Path, *more: str) -> int:
     return script.main([str(parent), "--out", str(out), *fast, *more])
 
 
-def test_rows_of_text_as_many_as_asked_for_and_the_same_again(parent, tmp_path, capsys):
+def test_rows_of_tokens_as_many_as_asked_for_and_the_same_again(parent, tmp_path, capsys):
     assert written(parent, tmp_path / "a.jsonl") == 0
     assert written(parent, tmp_path / "b.jsonl") == 0
     assert written(parent, tmp_path / "c.jsonl", "--seed", "1") == 0
     a, b, c = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abc")
     assert a == b != c
-    rows = [json.loads(line) for line in a.splitlines()]
-    assert rows and all(set(row) == {"text"} and row["text"] for row in rows)
+    rows = [json.loads(line)["input_ids"] for line in a.splitlines()]
+    assert 120 <= sum(map(len, rows)) and max(map(len, rows)) == 24
     tokenizer = tiny_tokenizer()
-    assert not any(token in row["text"] for row in rows for token in tokenizer.all_special_tokens)
+    inside = {token for row in rows for token in row[1:-1]}
+    assert {row[0] for row in rows} == {tokenizer.bos_token_id}
+    assert not inside & set(tokenizer.all_special_ids) and max(inside) < len(tokenizer)
     assert not list(tmp_path.glob("*.part")) and "tokens in" in capsys.readouterr().out
+
+
+def test_a_text_ends_with_what_ended_it_or_where_it_was_cut():
+    """Token 1 begins texts, 2 ends them and is followed by padding, which is 1 again."""
+    assert script.texts_of([1, 7, 8, 9, 1, 5, 6, 7], ends={1, 2}) == [[1, 7, 8, 9, 1], [1, 5, 6, 7]]
+    assert script.texts_of([1, 7, 8, 2, 1, 1, 1], ends={1, 2}) == [[1, 7, 8, 2]]
+    assert script.texts_of([1, 7, 2, 1, 1, 1], ends={1, 2}) == []
+
+
+def test_what_was_written_is_data_of_a_conversion_to_the_token(parent, tmp_path):
+    out = tmp_path / "new" / "own.jsonl"  # its folder is made
+    written(parent, out)
+    tokenizer, rows = tiny_tokenizer(), [json.loads(line) for line in out.read_text().splitlines()]
+    settings = ConversionSettings(source=str(parent), held_out=0.0, max_length=24)
+    prepared = prepare_data(read_rows(str(out)), tokenizer, settings, None).train
+    assert sorted(prepared["input_ids"]) == sorted(row["input_ids"] for row in rows)
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in prepared)
 
 
 @pytest.mark.parametrize("cut", [0, 7])

@@ -227,6 +227,11 @@ class A2DTrainingConfig(TrainingArguments):
         default=1024, metadata={"help": "How many of the last rows seen the replayed ones are drawn from."}
     )
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss asks the frozen parent for its distributions."""
+        return self.teacher_kl_weight > 0
+
     def __post_init__(self):
         # A command line knows only strings, and transformers declares this one as a folder's name.
         self.resume_from_checkpoint = {"true": True, "True": True, "false": None, "False": None}.get(
@@ -270,7 +275,7 @@ class A2DTrainingConfig(TrainingArguments):
                 raise ValueError(
                     f"`muon_learning_rate` is Muon with AdamW, `optim` asks for {self.optim.value}: set one of them."
                 )
-        if self.teacher_logits_cache is not None and (self.teacher_kl_weight == 0 or self.teacher is not None):
+        if self.teacher_logits_cache is not None and (not self.needs_teacher or self.teacher is not None):
             raise ValueError(
                 "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."
             )

@@ -39,7 +39,7 @@ class AuxiliaryLosses:
         self.model = model
         self.moe = MoETelemetry(base_model(model))
         self.teacher_cache = teacher_cache
-        needs_teacher = args.teacher_kl_weight > 0 and teacher_cache is None
+        needs_teacher = args.needs_teacher and teacher_cache is None
         self.teacher = make_teacher(model, args.teacher) if needs_teacher else None
 
     def forward_kwargs(self) -> dict[str, Any]:
@@ -69,26 +69,27 @@ class AuxiliaryLosses:
         inputs: dict[str, torch.Tensor],
         masked_BWL: torch.Tensor,
         head_input_ND: torch.Tensor,
-        taught_BWL: torch.Tensor | None = None,
+        weights_BWL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Σ over masked i and all v of p_T(v | x_<i) log(p_T(v | x_<i) / q_i(v)): the teacher reads clean text and is
-        asked at i - 1. A masked token with nothing before it has no teacher and adds nothing.
+        Σ over masked i of w_i Σ over all v of p_T(v | x_<i) log(p_T(v | x_<i) / q_i(v)): the teacher reads clean text
+        and is asked at i - 1. A masked token with nothing before it has no teacher and adds nothing.
 
         Args:
             inputs (`dict[str, torch.Tensor]`): a batch.
-            masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): the masked tokens.
+            masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): the masked tokens, or any others that were predicted.
             head_input_ND (`torch.Tensor` of shape `(N, D)`): the student's hidden states of those tokens.
-            taught_BWL (`torch.BoolTensor` of shape `(B, W, L)`, *optional*): the sum is over these of them; default
-                all.
+            weights_BWL (`torch.Tensor` of shape `(B, W, L)`, *optional*): w, what the divergence of each counts; those
+                of weight 0 are left out. By default 1.
 
         Returns:
             The sum, with gradient, and the divergences of the tokens, without.
         """
-        taught_BWL = masked_BWL if taught_BWL is None else masked_BWL & taught_BWL
-        taught_N = taught_BWL[masked_BWL]
+        if weights_BWL is None:
+            weights_BWL = masked_BWL.float()
+        weights_N, taught_BWL = weights_BWL[masked_BWL], masked_BWL & (weights_BWL > 0)
         if self.teacher_cache is not None:
-            return self._cached_teacher_kl(inputs, masked_BWL, head_input_ND, taught_N)
+            return self._cached_teacher_kl(inputs, masked_BWL, head_input_ND, weights_N)
         # 1. The teacher's hidden state of every token that some view has masked; 0, 1, 2, ... in row-major order.
         wanted_BL = inputs["input_ids"].masked_fill(~taught_BWL.any(dim=1), -100)
         targets_BL = causal_targets(wanted_BL, inputs["attention_mask"], inputs.get("document_ids"))
@@ -97,7 +98,7 @@ class AuxiliaryLosses:
         teacher_ME = self.teacher(**clean_text(inputs), labels=targets_BL).head_input
 
         # 2. For each masked token of each view, the student's row and the teacher's.
-        keep_N = asked_BL[:, None].expand(masked_BWL.shape)[masked_BWL] & taught_N
+        keep_N = asked_BL[:, None].expand(masked_BWL.shape)[masked_BWL] & (weights_N > 0)
         number_N = number_BL[:, None].expand(masked_BWL.shape)[masked_BWL][keep_N]
         student, teacher = base_model(self.model), base_model(self.teacher.model)
         return linear_kl(
@@ -105,7 +106,7 @@ class AuxiliaryLosses:
             plain_head(student),
             teacher_ME[number_N],
             plain_head(teacher),
-            weights_N=torch.ones(number_N.shape[0], device=head_input_ND.device),
+            weights_N=weights_N[keep_N],
             transform=student.output_head.transform,
             teacher_transform=teacher.output_head.transform,
         )
@@ -115,7 +116,7 @@ class AuxiliaryLosses:
         inputs: dict[str, torch.Tensor],
         masked_BWL: torch.Tensor,
         head_input_ND: torch.Tensor,
-        taught_N: torch.Tensor,
+        weights_N: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, lumped, of a teacher that is read from the disk; EOS added behind a row has no teacher there."""
         # 1. What is kept of the rows of the batch, one behind the other, and which entry belongs to which token.
@@ -136,7 +137,7 @@ class AuxiliaryLosses:
 
         # 2. For each masked token of each view, the student's row and the teacher's entry.
         number_N = number_BL[:, None].expand(masked_BWL.shape)[masked_BWL]
-        keep_N = (number_N >= 0) & taught_N
+        keep_N = (number_N >= 0) & (weights_N > 0)
         if not keep_N.any():
             return head_input_ND.sum() * 0.0, torch.zeros(0, device=head_input_ND.device)
         number_N, device, student = number_N[keep_N], head_input_ND.device, base_model(self.model)
@@ -149,7 +150,7 @@ class AuxiliaryLosses:
             top_ids,
             top_log_p,
             rest_log_p,
-            weights_N=torch.ones(number_N.shape[0], device=device),
+            weights_N=weights_N[keep_N],
             transform=student.output_head.transform,
         )
 
@@ -164,7 +165,6 @@ class AuxiliaryLosses:
         metrics: DiffusionMetrics,
         ar: tuple[torch.Tensor, torch.Tensor] | None = None,
         repeats: int = 1,
-        taught_BWL: torch.Tensor | None = None,
     ) -> torch.Tensor | float:
         """
         The weighted sum of the auxiliary losses over this batch.
@@ -179,7 +179,6 @@ class AuxiliaryLosses:
             metrics ([`DiffusionMetrics`]): where each is noted, unweighted, per token.
             ar (`tuple`, *optional*): the parent's own loss where the objective has it already, as in `causal_pass`.
             repeats (`int`, *optional*, defaults to 1): views in which one token may be masked, which share its weight.
-            taught_BWL (`torch.BoolTensor`, *optional*): see [`~AuxiliaryLosses.teacher_kl`].
         """
         args, total = self.args, 0.0
         if args.ar_loss_weight > 0:
@@ -187,7 +186,7 @@ class AuxiliaryLosses:
             total = total + args.ar_loss_weight * loss
             metrics.add("ar_nll", nll_M.sum(), torch.tensor(nll_M.numel()))
         if args.teacher_kl_weight > 0:
-            loss, kl_M = self.teacher_kl(inputs, masked_BWL, head_input_ND, taught_BWL)
+            loss, kl_M = self.teacher_kl(inputs, masked_BWL, head_input_ND)
             total = total + args.teacher_kl_weight * loss / repeats
             metrics.add("teacher_kl", kl_M.sum(), torch.tensor(kl_M.numel()))
         if args.router_aux_loss_weight > 0:

@@ -48,10 +48,15 @@ class BD3LMConfig(A2DTrainingConfig):
             How many times every row is noised, all sharing one clean copy: the first view hides the fewest tokens of
             each block, every further one more of the same random order. At most the block size. A step reads
             `nested_views` + 1 copies and learns that much more from its tokens. Needs `mask_sampling="count"`.
-        teacher_kl_tokens (`str`, *optional*, defaults to `"masked"`):
-            Which tokens `teacher_kl_weight` is about: `"masked"` (all that are) or `"unseen_behind"` (those behind
-            which nothing of their block is visible). The teacher reads from left to right: of the others it knows less
-            than the model may, and teaches to leave out what stands behind.
+        nested_orders (`int`, *optional*, defaults to 1):
+            How many orders the nested views follow, each the one before moved on by a token, with views of its own:
+            with as many orders and views as a block has tokens, every token of it is hidden alone once. At most the
+            block size. A step reads that many times the views, but a view that hides whole blocks once for all orders.
+        teacher_targets (`bool`, *optional*, defaults to `False`):
+            Whether the frozen parent's distribution takes the place of the token itself as target wherever the parent,
+            which reads from left to right, has read no less than the model: masked tokens behind which nothing of
+            their block is visible, and the clean copy's next tokens (`ar_loss_weight`). On text that the parent wrote
+            itself the expectation is the same and the variance lower. In place of `teacher_kl_weight`, not beside it.
         fill_last_block (`bool`, *optional*, defaults to `True`):
             Whether the last block of rows that end with EOS is filled up with EOS, so that the model learns what
             stands behind an end. Left out of the reported NELBO.
@@ -104,16 +109,21 @@ class BD3LMConfig(A2DTrainingConfig):
         default=1,
         metadata={"help": "How many times rows are noised, each time with more of the same tokens masked."},
     )
-    teacher_kl_tokens: str = field(
-        default="masked",
-        metadata={
-            "help": "Which tokens the teacher's KL is about: 'masked' or 'unseen_behind' (of which it knows enough).",
-            "choices": ["masked", "unseen_behind"],
-        },
+    nested_orders: int = field(
+        default=1,
+        metadata={"help": "How many orders the nested views follow, each the one before moved on by a token."},
+    )
+    teacher_targets: bool = field(
+        default=False,
+        metadata={"help": "Whether the parent's distribution is the target wherever it has read no less."},
     )
     fill_last_block: bool = field(
         default=True, metadata={"help": "Whether the last block of rows that end with EOS is filled up with EOS."}
     )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return super().needs_teacher or self.teacher_targets
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,10 +135,8 @@ class BD3LMConfig(A2DTrainingConfig):
             raise ValueError(f"`block_size` must be positive, not {self.block_size}.")
         if self.clean_context not in (None, "block", "causal"):
             raise ValueError(f"`clean_context` must be 'block' or 'causal', not {self.clean_context!r}.")
-        if self.teacher_kl_tokens not in ("masked", "unseen_behind"):
-            raise ValueError(
-                f"`teacher_kl_tokens` must be 'masked' or 'unseen_behind', not {self.teacher_kl_tokens!r}."
-            )
+        if self.teacher_targets and self.teacher_kl_weight > 0:
+            raise ValueError("`teacher_targets` puts the teacher in the tokens' place: leave `teacher_kl_weight` out.")
         self._check_times()
         self._check_curriculum()
 
@@ -136,12 +144,14 @@ class BD3LMConfig(A2DTrainingConfig):
         longest = 1.0 - self.time_epsilon if self.complementary_views else 1.0
         if self.mask_sampling not in ("count", "bernoulli"):
             raise ValueError(f"`mask_sampling` must be 'count' or 'bernoulli', not {self.mask_sampling!r}.")
-        if self.nested_views < 1:
-            raise ValueError(f"`nested_views` must be at least 1, not {self.nested_views}.")
-        if self.nested_views > 1 and self.complementary_views:
-            raise ValueError("`nested_views` and `complementary_views` are two ways to noise a row again: choose one.")
-        if self.nested_views > 1 and self.mask_sampling != "count":
-            raise ValueError("`nested_views` counts the tokens that are hidden: set `mask_sampling='count'` too.")
+        for name in ("nested_views", "nested_orders"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, not {value}.")
+            if value > 1 and self.complementary_views:
+                raise ValueError(f"`{name}` and `complementary_views` are two ways to noise a row again: choose one.")
+            if value > 1 and self.mask_sampling != "count":
+                raise ValueError(f"`{name}` counts the tokens that are hidden: set `mask_sampling='count'` too.")
         if self.mask_sampling == "count":
             set_elsewhere = {
                 "noise_schedule": self.noise_schedule != "linear",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedModel
 
 from a2d_hf.modeling.attention_pattern import AttentionPattern
@@ -42,6 +43,7 @@ class BD3LMNoise:
         elbo_weight_BWL (`torch.Tensor` of shape `(B, W, L)`): w(t), what a masked token counts.
         masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): m, the tokens that are hidden.
         noised_ids_BWL (`torch.LongTensor` of shape `(B, W, L)`): x_t, the ids with the mask token in their place.
+        rows ([`BlockRows`]): the blocks of the batch.
     """
 
     block_size: int
@@ -49,6 +51,7 @@ class BD3LMNoise:
     elbo_weight_BWL: torch.Tensor
     masked_BWL: torch.Tensor
     noised_ids_BWL: torch.Tensor
+    rows: BlockRows
 
     @property
     def views(self) -> int:
@@ -112,11 +115,12 @@ class BD3LMTrainer(A2DTrainer):
                 '`ar_loss_weight` needs `clean_context="causal"`: clean text that is open inside a block sees the '
                 "very token that it would have to predict."
             )
-        if self.args.nested_views > self.diffusion_config.block_size:
-            raise ValueError(
-                f"`nested_views` {self.args.nested_views} exceeds the block size {self.diffusion_config.block_size}: "
-                "a block is hidden in as many steps as it has tokens, so that further views would repeat others."
-            )
+        for name in ("nested_views", "nested_orders"):
+            if getattr(self.args, name) > self.diffusion_config.block_size:
+                raise ValueError(
+                    f"`{name}` {getattr(self.args, name)} exceeds the block size {self.diffusion_config.block_size}: "
+                    "a block is hidden in as many steps as it has tokens, so that further views would repeat others."
+                )
 
     # ------------------------------------------------------------------------------------------ the model and the rows
 
@@ -161,6 +165,7 @@ class BD3LMTrainer(A2DTrainer):
             "mask_sampling",
             "complementary_views",
             "nested_views",
+            "nested_orders",
             "fill_last_block",
         )
         key = super().resume_key() | {name: getattr(self.args, name) for name in fields}
@@ -171,7 +176,11 @@ class BD3LMTrainer(A2DTrainer):
 
     @property
     def copies_read(self) -> int:
-        return 3 if self.args.complementary_views else self.args.nested_views + 1
+        args, orders = self.args, self.args.nested_orders
+        if args.complementary_views:
+            return 3
+        spared = orders - 1 if args.nested_views == self.diffusion_config.block_size else 0
+        return orders * args.nested_views - spared + 1
 
     # ------------------------------------------------------------------------------------------------------- the noise
 
@@ -197,16 +206,15 @@ class BD3LMTrainer(A2DTrainer):
         """
         self.check_batch(inputs)
         args, training, block_size = self.args, self.model.training, self.current_block_size()
-        two_views = args.complementary_views and training
+        two_views, rows = args.complementary_views and training, BlockRows(inputs, block_size)
         if block_size == 1:
-            views = whole_blocks(inputs["labels"] != -100)
+            views = whole_blocks(rows.maskable_BL)
         elif args.mask_sampling == "count" and training:
             # A block can be hidden in as many ways as it has tokens: the small ones of a curriculum have fewer views.
-            nested_views = min(args.nested_views, block_size)
-            views = counted_tokens(BlockRows(inputs, block_size), seed, two_views, nested_views)
+            nested_views, orders = min(args.nested_views, block_size), min(args.nested_orders, block_size)
+            views = counted_tokens(rows, seed, two_views, nested_views, orders)
         else:
             minimum, maximum = (args.time_epsilon, args.time_maximum) if training else (EVAL_TIME_EPSILON, 1.0)
-            rows = BlockRows(inputs, block_size)
             views = coin_tosses(rows, seed, args.noise_schedule, minimum, maximum, two_views)
         return BD3LMNoise(
             block_size=block_size,
@@ -216,6 +224,7 @@ class BD3LMTrainer(A2DTrainer):
             noised_ids_BWL=inputs["input_ids"][:, None].masked_fill(
                 views.masked_BWL, self.diffusion_config.mask_token_id
             ),
+            rows=rows,
         )
 
     # -------------------------------------------------------------------------------------------------------- the loss
@@ -246,22 +255,32 @@ class BD3LMTrainer(A2DTrainer):
         # 1. Noise: one time per block, one coin per token that may be masked.
         noise = self.draw_noise(inputs, self.noise_seed)
 
-        # 2. Predict what is hidden in each view. The clean copy is only read, unless the parent's own loss is wanted.
+        # 2. What is asked for: the hidden tokens of each view and, where the parent's own loss is wanted, those of the
+        #    clean copy that follow another. V = W + 1 copies.
+        training, shift = self.model.training, self.diffusion_config.token_shift
         labels_BWL = labels_BL[:, None].masked_fill(~noise.masked_BWL, -100)
-        weights_BWL = noise.elbo_weight_BWL / noise.views
-        training = self.model.training
         clean_labels_BL = torch.full_like(labels_BL, -100)
         if training and self.args.ar_loss_weight > 0:
             clean_labels_BL = self.clean_labels(inputs)
-        clean_weights_BL = torch.full_like(weights_BWL[:, 0], self.args.ar_loss_weight)
+        clean_BL = clean_labels_BL != -100  # an unshifted model is asked one position earlier
+        asked_BVL = torch.cat([noise.masked_BWL, (clean_BL if shift else clean_BL.roll(1, dims=-1))[:, None]], dim=1)
+        weights_BVL = pad(noise.elbo_weight_BWL / noise.views, (0, 0, 0, 1), value=self.args.ar_loss_weight)
+
+        # 3. Predict it. Where the parent has read no less than the model, its distribution is the target instead.
+        soft_BVL = torch.zeros_like(asked_BVL)
+        if training and self.args.teacher_targets:
+            soft_BVL = self.softly_taught(inputs, noise, asked_BVL)
+        hard_weights_BVL = weights_BVL.masked_fill(soft_BVL, 0.0)
+        if not shift:
+            hard_weights_BVL[:, -1] = hard_weights_BVL[:, -1].roll(-1, dims=-1)
         outputs = model(
             **self.doubled_input(inputs, noise),
             labels=torch.cat([labels_BWL.flatten(1), clean_labels_BL], dim=1),
-            loss_weights=torch.cat([weights_BWL.flatten(1), clean_weights_BL], dim=1),
+            loss_weights=hard_weights_BVL.flatten(1),
             **(self.auxiliary.forward_kwargs() if training else {}),
         )
 
-        # 3. The rest, of which the loss above has the parent's own already.
+        # 4. The rest, of which the loss above has the parent's own already.
         is_noisy_N, items = self.noisy_rows(labels_BWL, clean_labels_BL), self.count_items(inputs, self.noise_seed)
         total = outputs.loss
         if training:
@@ -276,28 +295,30 @@ class BD3LMTrainer(A2DTrainer):
                 self._metrics["train"],
                 ar=(torch.zeros((), device=total.device), ar_nll_M),
                 repeats=1 if self.args.complementary_views else noise.views,
-                taught_BWL=self.taught_tokens(inputs, noise),
             )
+            if self.args.teacher_targets:
+                kl, kl_M = self.auxiliary.teacher_kl(inputs, asked_BVL, outputs.head_input, weights_BVL * soft_BVL)
+                total = total + kl
+                self._metrics["train"].add("teacher_kl", kl_M.sum(), torch.tensor(kl_M.numel()))
 
-        # 4. The mean over the global batch: the count covers accumulated batches and all processes.
+        # 5. The mean over the global batch: the count covers accumulated batches and all processes.
         divisor = items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = total / divisor
         if num_items_in_batch is not None:
             loss = self.scale_for_processes(loss)
         loss = loss + self.replay_loss(model, inputs, num_items_in_batch)
 
-        # 5. What it was made of.
+        # 6. What it was made of.
         self._update_metrics(inputs, noise, outputs.token_nll[is_noisy_N], outputs.token_hit[is_noisy_N], total, items)
         return (loss, outputs) if return_outputs else loss
 
     def objective_sum(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
-        noise, unread_BL = self.draw_noise(inputs, seed), torch.full_like(inputs["labels"], -100)
+        noise = self.draw_noise(inputs, seed)
         labels_BWL = inputs["labels"][:, None].masked_fill(~noise.masked_BWL, -100)
-        weights_BWL = noise.elbo_weight_BWL / noise.views
         return model(
             **self.doubled_input(inputs, noise),
-            labels=torch.cat([labels_BWL.flatten(1), unread_BL], dim=1),
-            loss_weights=torch.cat([weights_BWL.flatten(1), torch.zeros_like(weights_BWL[:, 0])], dim=1),
+            labels=pad(labels_BWL, (0, 0, 0, 1), value=-100).flatten(1),
+            loss_weights=pad(noise.elbo_weight_BWL / noise.views, (0, 0, 0, 1)).flatten(1),
         ).loss
 
     def clean_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -311,11 +332,18 @@ class BD3LMTrainer(A2DTrainer):
         asked_BL = (targets_BL != -100).roll(1, dims=-1)  # nothing is asked at the last position
         return inputs["labels"].masked_fill(~asked_BL, -100)
 
-    def taught_tokens(self, inputs: dict[str, torch.Tensor], noise: BD3LMNoise) -> torch.Tensor | None:
-        """The masked tokens that the teacher's KL is about, `(B, W, L)`; `None` for all."""
-        if self.args.teacher_kl_tokens == "masked" or self.args.teacher_kl_weight == 0:
-            return None
-        return nothing_visible_behind(BlockRows(inputs, noise.block_size), noise.masked_BWL)
+    @staticmethod
+    def softly_taught(inputs: dict[str, torch.Tensor], noise: BD3LMNoise, asked_BVL: torch.Tensor) -> torch.Tensor:
+        """
+        Which of the tokens that are asked for have the parent's distribution as target, `(B, V, L)`: those that follow
+        another in their text and behind which, in a view, nothing of their block is visible. EOS added behind a row
+        are none: no parent ever read past an end.
+        """
+        text_BL = inputs["input_ids"].masked_fill(~in_text(inputs), -100)
+        follows_BL = causal_targets(text_BL, inputs["attention_mask"], inputs.get("document_ids")) != -100
+        blind_BWL = nothing_visible_behind(noise.rows, noise.masked_BWL)
+        blind_BVL = pad(blind_BWL, (0, 0, 0, 1), value=True)
+        return asked_BVL & follows_BL.roll(1, dims=-1)[:, None] & blind_BVL
 
     @staticmethod
     def noisy_rows(labels_BWL: torch.Tensor, clean_labels_BL: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,9 @@ def coin_tosses(
     return BlockViews(torch.stack(time, dim=1), torch.stack(weight, dim=1), torch.stack(masked, dim=1))
 
 
-def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False, nested_views: int = 1) -> BlockViews:
+def counted_tokens(
+    rows: BlockRows, seed: int, complementary: bool = False, nested_views: int = 1, nested_orders: int = 1
+) -> BlockViews:
     """
     Of the n tokens of a block that may be hidden, k at random are, k uniform on {1, ..., n}, weight n / k.
 
@@ -116,12 +118,15 @@ def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False, nest
         seed (`int`): seed of the noise.
         complementary (`bool`, *optional*, defaults to `False`): a second view hides the other n - k tokens. k is then
             uniform on {0, ..., n}, as n - k is, and the weights are (n + 1) / k and (n + 1) / (n - k).
-        nested_views (`int`, *optional*, defaults to 1): W views that draw k from the W parts of {1, ..., n} in turn
+        nested_views (`int`, *optional*, defaults to 1): V views that draw k from the V parts of {1, ..., n} in turn
             and hide the first k tokens of one random order, so that each hides what the one before it hid. The mean
-            over the views has the same expectation; with W = n it is the exact cost of writing that order backward.
+            over the views has the same expectation; with V = n it is the exact cost of writing that order backward.
+        nested_orders (`int`, *optional*, defaults to 1): as many views again for every further order, which is the
+            one before moved on by a token: with n orders every token is the first of one. Where the last view of
+            every order hides the whole block it is the same view, and is there once, with the weight of all.
 
     Returns:
-        [`BlockViews`]
+        [`BlockViews`] with `nested_orders * nested_views` views, less those that would be there twice.
     """
     maskable_BL = rows.maskable_BL
     time_BL = block_time(seed, rows.epoch, rows.place, rows.block_BL)
@@ -154,12 +159,21 @@ def counted_tokens(rows: BlockRows, seed: int, complementary: bool = False, nest
         times, masks = [time_BL, 1.0 - time_BL], [hidden_X, maskable_X & ~hidden_X]
         return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
 
+    last_hides_all = nested_views >= rows.block_size
+    views = [
+        (order, view)
+        for order in range(nested_orders)
+        for view in range(nested_views)
+        if order == 0 or view < nested_views - 1 or not last_hides_all
+    ]
     times, weights, masks = [], [], []
-    for view in range(nested_views):
+    for order, view in views:
+        stands_for = nested_orders if last_hides_all and view == nested_views - 1 else 1
+        share = stands_for * len(views) / (nested_orders * nested_views)  # of the mean over all that there would be
         times.append((view + time_BL) / nested_views)
         k_X = (1 + (times[-1].flatten().to(group_X.device) * n_X).long()).clamp(max=n_X)
-        weights.append(n_X.float() / k_X.clamp(min=1))
-        masks.append((rank_X < k_X) & maskable_X)
+        weights.append(share * n_X.float() / k_X.clamp(min=1))
+        masks.append(((rank_X + order) % n_X.clamp(min=1) < k_X) & maskable_X)
     return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
 
 

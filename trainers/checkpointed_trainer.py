@@ -12,6 +12,8 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from a2d_hf.errors import first_sentence
+
 from .checkpoints import is_complete, last_complete_checkpoint, list_checkpoints, mark_complete, read_marker
 
 
@@ -85,9 +87,11 @@ class CheckpointedTrainer(Trainer):
         if not is_complete(folder):
             raise ValueError(f"`resume_from_checkpoint` {folder} is not a complete checkpoint: pass another, or True.")
         before, now = read_marker(folder)["resume_key"], self.resume_key()
-        different = sorted(name for name in now if before is not None and before.get(name) != now[name])
+        if before is not None:  # a checkpoint that is older than a field was trained with the field's default
+            before = {name: before.get(name, getattr(type(self.args), name, None)) for name in now}
+        different = sorted(name for name in now if before is not None and before[name] != now[name])
         if different and not self.args.ignore_data_skip:
-            told = ", ".join(f"{name} {now[name]!r} (was {before.get(name)!r})" for name in different)
+            told = ", ".join(f"{name} {now[name]!r} (was {before[name]!r})" for name in different)
             raise ValueError(
                 f"`resume_from_checkpoint` {folder} belongs to another run: {told}. Restore what it was, or set "
                 "`ignore_data_skip=True` to go on from its weights with other data and noise."
@@ -150,6 +154,15 @@ class CheckpointedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_weights(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"`resume_from_checkpoint` {checkpoint} holds the state of another optimizer: restore `optim` and "
+                f"`muon_learning_rate`. {first_sentence(error)}"
+            ) from error
 
     def _load_best_model(self) -> None:
         if self._parent_loads():

@@ -58,12 +58,14 @@ def counted_views(seed, epoch, row, place, block, targets, complementary):
     return [(set_, (n + 1) / len(set_)) for set_ in (hidden, others) if set_]
 
 
-def nested_views(seed, epoch, row, place, block, targets, count):
-    """`count` views, each with a k from its own part of 1 to n, hiding the k targets with the lowest bits."""
+def nested_views(seed, epoch, row, place, block, targets, count, orders=1):
+    """`count` views, each with a k from its own part of 1 to n, hiding the k targets with the lowest bits; and again
+    for each further order, in which every target moves up by one and the first becomes the last."""
     n, fraction = len(targets), time(seed, epoch, place, block, 0.0, 1.0)
     by_bits = sorted(targets, key=lambda i: reference_noise.bits(reference_noise.TOKEN_MASK, seed, epoch, row, i))
     counts = [1 + int((view + fraction) / count * n) for view in range(count)]
-    return [(sorted(by_bits[:k]), n / k) for k in counts]
+    by_order = [by_bits[n - o % n :] + by_bits[: n - o % n] for o in range(orders)] if n else []
+    return [(sorted(in_order[:k]), n / k) for in_order in by_order for k in counts]
 
 
 def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary=False):
@@ -87,12 +89,14 @@ def loss(run, batch, schedule="linear", minimum=1e-3, maximum=1.0, complementary
                     views.append(([i for i in targets if i not in hidden], 1 / (1 - t)))
                 if run.args.mask_sampling == "count":
                     views = counted_views(seed, epoch, row, place, block, targets, complementary) if targets else []
-                if run.args.nested_views > 1:
-                    views = nested_views(seed, epoch, row, place, block, targets, run.args.nested_views)
+                if run.args.nested_views * run.args.nested_orders > 1:
+                    nested = run.args.nested_views, run.args.nested_orders
+                    views = nested_views(seed, epoch, row, place, block, targets, *nested)
                 for positions, weight in views:
                     found = token_losses(
                         run.model, ids, positions, start, size, config.clean_context, config.token_shift
                     )
-                    total = total + weight / max(1 + complementary, run.args.nested_views) * sum(found.values())
+                    repeats = max(1 + complementary, run.args.nested_views * run.args.nested_orders)
+                    total = total + weight / repeats * sum(found.values())
                 items = items + len(targets)
     return total / items

@@ -2,12 +2,13 @@
 
 import contextlib
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig
 
 from a2d_hf.modeling import A2DForMaskedDiffusion, AttentionPattern
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, first_batch, token_rows, trainer, weights
 
 
@@ -24,6 +25,17 @@ def perturbed(model, seed=9):
         generator = torch.Generator().manual_seed(seed)
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+
+
+def one_batch_twice(make):
+    """A trainer of `make(weight)` with an auxiliary loss, and the loss of its first batch less that without it."""
+    losses = []
+    for weight in (0.0, 2.0):
+        run = make(weight)
+        perturbed(run.model)
+        run.model.train()
+        losses.append(run.compute_loss(run.model, first_batch(run)))
+    return run, losses[1] - losses[0]
 
 
 @pytest.mark.parametrize("token_shift", [False, True])
@@ -65,18 +77,8 @@ def test_kl_of_mdlm_equals_brute_force(token_shift, tmp_path):
     ids=["one", "complementary", "nested"],
 )
 def test_kl_of_bd3lm_equals_brute_force(views, repeats, tmp_path):
-    losses = []
-    for weight in (0.0, 2.0):
-        run = bd3lm_trainer(
-            tmp_path,
-            per_device_train_batch_size=6,
-            mask_sampling="count" if repeats > 1 else "bernoulli",
-            teacher_kl_weight=weight,
-            **views,
-        )
-        perturbed(run.model)
-        run.model.train()
-        losses.append(run.compute_loss(run.model, first_batch(run)))
+    fields = {"mask_sampling": "count" if repeats > 1 else "bernoulli", "per_device_train_batch_size": 6, **views}
+    run, difference = one_batch_twice(lambda weight: bd3lm_trainer(tmp_path, teacher_kl_weight=weight, **fields))
     batch, noise = first_batch(run), run.draw_noise(first_batch(run), run.args.seed)
     log_p, total = teacher_log_p(tiny_model("llama"), batch), 0.0
     for view in range(noise.views):
@@ -90,49 +92,69 @@ def test_kl_of_bd3lm_equals_brute_force(views, repeats, tmp_path):
         asked[:, 0] = False
         total = total + (log_p[asked].exp() * (log_p[asked] - logits[asked].log_softmax(-1))).sum()
     expected = 2.0 * total / repeats / (batch["labels"] != -100).sum()
-    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_kl_of_tokens_with_nothing_visible_behind_them(packed, tmp_path):
-    """Which tokens those are, written out token by token."""
-    losses = []
-    for weight in (0.0, 2.0):
-        run = bd3lm_trainer(
-            tmp_path,
-            per_device_train_batch_size=6,
-            packing=packed,
-            teacher_kl_weight=weight,
-            teacher_kl_tokens="unseen_behind",
-        )
-        perturbed(run.model)
-        run.model.train()
-        losses.append(run.compute_loss(run.model, first_batch(run)))
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_teacher_targets_equal_brute_force(token_shift, packed, tmp_path):
+    """Token by token: which learn from the parent's distribution, which from the token, and what each counts."""
+    fields = {"packing": packed, "per_device_train_batch_size": 6, "nested_views": 3, "nested_orders": 2}
+    fields |= {"token_shift": token_shift, "clean_context": "causal", "ar_loss_weight": 0.5}
+    tokenizer = tiny_tokenizer()
+    rows = [{"input_ids": [*range(20, 20 + n), tokenizer.eos_token_id]} for n in (9, 5, 6, 8, 10, 4)]
+    rows = datasets.Dataset.from_list(rows)
+    run = bd3lm_trainer(tmp_path, rows=rows, teacher_targets=True, processing_class=tokenizer, **fields)
+    perturbed(run.model)
+    run.model.train()
     batch, noise = first_batch(run), run.draw_noise(first_batch(run), run.args.seed)
+    loss = run.compute_loss(run.model, batch)
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
     documents = documents.masked_fill(batch["attention_mask"] == 0, -1)
-    logits = run.model(
-        input_ids=torch.cat([noise.noised_ids_BWL[:, 0], batch["input_ids"]], dim=1),
-        attention_mask=batch["attention_mask"].repeat(1, 2),
-        attention_pattern=AttentionPattern.bd3lm(4),
-        **({"document_ids": batch["document_ids"].repeat(1, 2)} if packed else {}),
-    ).logits[:, : documents.shape[1]]
-    total, taught, parent = 0.0, 0, tiny_model("llama")
-    for b in range(documents.shape[0]):
-        for document in documents[b].unique().tolist():
-            places = (documents[b] == document).nonzero()[:, 0].tolist() if document >= 0 else []
-            for i, place in enumerate(places):
-                behind = places[i + 1 : i // 4 * 4 + 4]
-                hidden = noise.masked_BL[b, place] and all(noise.masked_BL[b, j] for j in behind)
-                if i == 0 or not hidden:
-                    continue
+    more = {"document_ids": batch["document_ids"].repeat(1, 2)} if packed else {}
+    length, total, kinds = documents.shape[1], 0.0, {"soft": 0, "hard": 0, "tail": 0}
+    parent, clean_q = tiny_model("llama"), run.model.backbone
+    for view in range(noise.views):
+        log_q = (
+            run.model(
+                input_ids=torch.cat([noise.noised_ids_BWL[:, view], batch["input_ids"]], dim=1),
+                attention_mask=batch["attention_mask"].repeat(1, 2),
+                attention_pattern=AttentionPattern.bd3lm(4, clean_context="causal"),
+                **more,
+            )
+            .logits[:, :length]
+            .log_softmax(-1)
+        )
+        for b in range(documents.shape[0]):
+            for document in [d for d in documents[b].unique().tolist() if d >= 0]:
+                places = (documents[b] == document).nonzero()[:, 0].tolist()
+                ids = batch["input_ids"][b, places]
+                ends = len(places) - int(batch["tail_length"][document if packed else b])
                 with torch.no_grad():
-                    log_p = parent(batch["input_ids"][b, places[:i]][None]).logits[0, -1].log_softmax(-1)
-                total = total + (log_p.exp() * (log_p - logits[b, place].log_softmax(-1))).sum()
-                taught += 1
-    assert 0 < taught < int(noise.masked_BL.sum())
-    expected = 2.0 * total / (batch["labels"] != -100).sum()
-    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-4, atol=1e-5)
+                    log_p = parent(ids[None]).logits[0].log_softmax(-1)
+                own_q = clean_q(ids[None]).logits[0].log_softmax(-1)
+                for i, place in enumerate(places):
+                    if view == 0 and i and batch["labels"][b, place] != -100:  # the clean copy, once
+                        kl = (log_p[i - 1].exp() * (log_p[i - 1] - own_q[i - 1])).sum()
+                        total = total + 0.5 * (kl if i < ends else -own_q[i - 1, ids[i]])
+                    if not noise.masked_BWL[b, view, place]:
+                        continue
+                    weight = noise.elbo_weight_BWL[b, view, place] / noise.views
+                    behind = places[i + 1 : i // 4 * 4 + 4]
+                    blind = all(noise.masked_BWL[b, view, j] for j in behind)
+                    if blind and 0 < i < ends:
+                        kinds["soft"] += 1
+                        kl = (log_p[i - 1].exp() * (log_p[i - 1] - log_q[b, place])).sum()
+                        total = total + weight * kl
+                    else:
+                        kinds["tail" if i >= ends else "hard"] += 1
+                        total = total - weight * log_q[b, place, ids[i]]
+    assert all(kinds.values())
+    torch.testing.assert_close(loss, total / (batch["labels"] != -100).sum(), rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(loss, list(run.model.parameters()))
+    expected = torch.autograd.grad(total / (batch["labels"] != -100).sum(), list(run.model.parameters()))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-5)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,11 @@ from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, firs
         {"mask_sampling": "count", "complementary_views": True},
         {"nested_views": 3},
         {"nested_views": 4},
+        {"nested_views": 1, "nested_orders": 3},
+        {"nested_views": 3, "nested_orders": 2},
+        {"nested_views": 4, "nested_orders": 4},
     ],
-    ids=["linear", "cosine", "clipped", "complementary", "count", "count-complementary", "nested", "whole-order"],
+    ids=lambda fields: ", ".join(f"{name} {value}" for name, value in fields.items()) or "defaults",
 )
 def test_loss_and_gradients_equal_brute_force(noise, clean_context, token_shift, tmp_path):
     run = bd3lm_trainer(
@@ -156,8 +159,9 @@ def test_a_block_of_one_token_has_the_expectation_of_the_sampled_one(tmp_path):
         {"mask_sampling": "count"},
         {"mask_sampling": "count", "complementary_views": True},
         {"nested_views": 4},
+        {"nested_views": 6, "nested_orders": 6},
     ],
-    ids=["linear", "cosine", "clipped", "clipped-cosine", "complementary", "count", "count-complementary", "nested"],
+    ids=lambda fields: ", ".join(f"{name} {value}" for name, value in fields.items()),
 )
 def test_constant_cross_entropy_has_loss_one(fields, tmp_path):
     model = diffusion_model(objective="bd3lm", block_size=6)
@@ -184,6 +188,23 @@ def test_nested_views_hide_one_more_token_each_when_there_are_as_many_as_tokens(
     assert len(first_hidden_BX.unique()) == 4  # no token is always the first
 
 
+def test_as_many_orders_as_tokens_hide_every_token_alone_once(tmp_path):
+    """Blocks of 4: one view that hides all of them, three of every order besides, and no set of tokens twice."""
+    rows = datasets.Dataset.from_list([{"input_ids": list(range(5, 45))}] * 2)
+    run = bd3lm_trainer(tmp_path, rows=rows, nested_views=4, nested_orders=4, per_device_train_batch_size=2)
+    run.model.train()
+    noise = run.draw_noise(first_batch(run), seed=2)
+    assert noise.views == 13 and run.copies_read == 14
+    blocks_BWXK = noise.masked_BWL.view(2, 13, 10, 4).int()
+    for sets_WK in blocks_BWXK.transpose(1, 2).flatten(0, 1):
+        assert torch.equal(sets_WK[sets_WK.sum(-1) == 1].sum(0), torch.ones(4, dtype=torch.int64))
+        assert len(sets_WK.unique(dim=0)) == 13
+    # A view of k of the 4 counts 4 / k in the mean over 16, of which four are the one that hides all.
+    hidden_W = blocks_BWXK[0, :, 0].sum(-1)
+    expected_W = torch.where(hidden_W == 4, 4.0, 4.0 / hidden_W) * 13 / 16
+    torch.testing.assert_close(noise.elbo_weight_BWL[0, :, 0], expected_W)
+
+
 def test_one_nested_view_is_the_counted_noise(tmp_path):
     run = bd3lm_trainer(tmp_path)
     run.model.train()
@@ -198,7 +219,9 @@ def test_one_nested_view_is_the_counted_noise(tmp_path):
     assert (plain.masked_BWL[:, 0] <= nested.masked_BWL[:, 1]).all()
 
 
-@pytest.mark.parametrize("fields", [{}, {"complementary_views": True}, {"nested_views": 4}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"complementary_views": True}, {"nested_views": 4}, {"nested_views": 4, "nested_orders": 4}]
+)
 def test_counted_tokens_have_the_nelbo_for_their_expectation_at_a_lower_variance(fields, tmp_path):
     """Over 6,000 copies of a row, of which each is a draw of its own."""
     model = diffusion_model(objective="bd3lm", block_size=4, seed=7)

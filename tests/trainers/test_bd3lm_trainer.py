@@ -165,7 +165,14 @@ def test_block_size_one_is_the_likelihood_of_a_real_parent(real_data, tmp_path):
     assert run.evaluate()["eval_nelbo"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("views", [{}, {"complementary_views": True}, {"nested_views": 4}])
+@pytest.mark.parametrize(
+    "views",
+    [
+        {},
+        {"complementary_views": True},
+        {"nested_views": 4, "nested_orders": 4, "teacher_targets": True},
+    ],
+)
 def test_accumulation_changes_nothing(views, tmp_path):
     results = []
     for size, accumulation in ((8, 1), (2, 4)):
@@ -228,7 +235,11 @@ def test_compute_metrics_gets_the_logits_of_the_noisy_half(tmp_path):
         ({"mask_sampling": "stratified"}, "must be 'count' or 'bernoulli', not 'stratified'"),
         ({"time_maximum": 0.9}, "`time_maximum` is about times"),
         ({"noise_schedule": "cosine"}, "`noise_schedule` is about times"),
-        ({"teacher_kl_tokens": "all"}, "must be 'masked' or 'unseen_behind', not 'all'"),
+        ({"teacher_targets": True, "teacher_kl_weight": 1.0}, "leave `teacher_kl_weight` out"),
+        ({"nested_orders": 0}, "`nested_orders` must be at least 1, not 0"),
+        ({"nested_orders": 5}, "`nested_orders` 5 exceeds the block size 4"),
+        ({"nested_orders": 2, "complementary_views": True}, "choose one"),
+        ({"nested_orders": 2, "mask_sampling": "bernoulli"}, "`nested_orders` counts the tokens"),
         ({"nested_views": 0}, "`nested_views` must be at least 1, not 0"),
         ({"nested_views": 5}, "`nested_views` 5 exceeds the block size 4"),
         ({"nested_views": 2, "complementary_views": True}, "choose one"),

@@ -82,11 +82,12 @@ def test_a_resumed_run_equals_an_unbroken_one(make, tmp_path):
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+@pytest.mark.parametrize(("before", "after"), [({}, RATES), (RATES, {})], ids=["adamw, muon", "muon, adamw"])
+def test_a_checkpoint_of_another_optimizer_is_refused(before, after, tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    trainer(tmp_path, **fields).train()
-    with pytest.raises(ValueError, match="muon_learning_rate"):
-        trainer(tmp_path, **fields, **RATES).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    trainer(tmp_path, **fields, **before).train()
+    with pytest.raises(ValueError, match="checkpoint-1 holds the state of another optimizer: .*`muon_learning_rate`"):
+        trainer(tmp_path, **fields, **after).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_with_an_adapter_its_matrices_are_trained(tmp_path):

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 import a2d_hf.trainers.checkpointed_trainer as checkpointed_trainer
 from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.trainers import MDLMTrainer, last_complete_checkpoint
+from a2d_hf.trainers.checkpoints import COMPLETE_MARKER
 from tests.conftest import REPOSITORY
 from tests.trainers import reference_noise
 from tests.trainers.helpers import config, diffusion_model, token_rows, trainer, weights
@@ -235,6 +236,23 @@ def test_another_run_is_not_continued(unbroken, fields, told, tmp_path):
     run = build(tmp_path, **fields)
     with pytest.raises(ValueError, match=f"belongs to another run: {told}"):
         run.train(resume_from_checkpoint=str(unbroken[0] / "run" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("schedule, is_refused", [("linear", False), ("cosine", True)])
+def test_a_checkpoint_older_than_a_field_has_its_default(unbroken, schedule, is_refused, tmp_path):
+    """The marker of a release that did not know `noise_schedule`: it trained with the only one there was."""
+    folder = tmp_path / "old"
+    shutil.copytree(unbroken[0] / "run" / "checkpoint-8", folder)
+    marker = json.loads((folder / COMPLETE_MARKER).read_text())
+    del marker["resume_key"]["noise_schedule"]
+    (folder / COMPLETE_MARKER).write_text(json.dumps(marker))
+    run = build(tmp_path, noise_schedule=schedule)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"noise_schedule 'cosine' \(was 'linear'\)"):
+            run.train(resume_from_checkpoint=str(folder))
+        return
+    run.train(resume_from_checkpoint=str(folder))
+    assert_same(run, unbroken[1])
 
 
 def test_going_on_with_other_data_can_be_asked_for(unbroken, tmp_path):
