@@ -12,8 +12,6 @@ from accelerate.utils import is_peft_model
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from a2d_hf.errors import first_sentence
-
 from .checkpoints import is_complete, last_complete_checkpoint, list_checkpoints, mark_complete, read_marker
 
 
@@ -161,7 +159,7 @@ class CheckpointedTrainer(Trainer):
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"`resume_from_checkpoint` {checkpoint} holds the state of another optimizer: restore `optim` and "
-                f"`muon_learning_rate`. {first_sentence(error)}"
+                "`muon_learning_rate` to what they were."
             ) from error
 
     def _load_best_model(self) -> None:

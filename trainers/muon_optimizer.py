@@ -57,7 +57,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if set(state_dict) != {"muon", "adamw"}:
-            raise ValueError("It is not that of Muon with AdamW.")
+            raise ValueError("This is not the state of Muon with AdamW.")
         for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
             part.load_state_dict(state_dict[name])
         self._share_groups()

@@ -90,6 +90,19 @@ def test_it_never_exceeds_the_full_divergence_and_reaches_it_with_the_whole_voca
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_teacher_targets_from_a_whole_cache_are_those_of_the_teacher(tmp_path):
+    rows, losses = token_rows(8, prompts=False), []
+    for cache in (None, write_cache(tmp_path, prepared(tmp_path, rows), VOCAB_SIZE)):
+        model = diffusion_model(clean_context="causal", **OBJECTIVES[bd3lm_trainer])
+        told = {"teacher_targets": True, "ar_loss_weight": 0.5, "teacher_logits_cache": cache}
+        run = bd3lm_trainer(tmp_path, model, rows, per_device_train_batch_size=8, **told)
+        assert (run.auxiliary.teacher is None) == (cache is not None)
+        perturbed(run.model)
+        run.model.train()
+        losses.append(run.compute_loss(run.model, first_batch(run)))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_rows_read_their_own_entries(tmp_path):
     rows = token_rows(24)
     cache = write_cache(tmp_path, prepared(tmp_path, rows), 8)
