@@ -1,4 +1,4 @@
-"""Takes the autoregressive model back out of a converted checkpoint, as one that transformers reads without this library.
+"""Takes the autoregressive model back out of a conversion, as one that transformers reads without this library.
 
     python scripts/save_causal_lm.py RUN OUT
 
