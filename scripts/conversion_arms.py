@@ -42,8 +42,7 @@ CAUSAL = {"clean_context": "causal"}
 FOUR, COUNTED = {"block_size": 4}, {"block_size": 4, "mask_sampling": "count"}
 BEST = COUNTED | {"complementary_views": True, "teacher_kl_weight": 1.0}
 NESTED = COUNTED | {"nested_views": 4}
-MUON = NESTED | {"muon_learning_rate": 2e-3}
-OWN = MUON | {"ar_loss_weight": 0.5, "teacher_targets": True}
+OWN = NESTED | {"muon_learning_rate": 2e-3, "ar_loss_weight": 0.5, "teacher_targets": True}
 ALL_ORDERS = OWN | {"nested_orders": 4}
 ARMS = (
     Arm("MDLM", MDLM),

@@ -1,6 +1,5 @@
 """The arms of scripts/bench_conversion.py: settings that the trainers accept, and one arm from the command line."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,14 +7,10 @@ import sys
 import pytest
 
 from a2d_hf.trainers import BD3LMConfig, MDLMConfig, RepAlignConfig
+from scripts import conversion_arms as arms
 from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
 
 
-SCRIPTS = REPOSITORY / "scripts"
-spec = importlib.util.spec_from_file_location("conversion_arms", SCRIPTS / "conversion_arms.py")
-arms = importlib.util.module_from_spec(spec)
-sys.modules["conversion_arms"] = arms  # a dataclass looks its module up
-spec.loader.exec_module(arms)
 CONFIGS = {arms.MDLM: MDLMConfig, arms.BD3LM: BD3LMConfig, arms.REPALIGN: RepAlignConfig}
 
 
@@ -35,7 +30,7 @@ def test_an_arm_is_trained_on_the_parents_own_text_and_kept(tmp_path):
     name = "BD3LM 4, nested views, Muon, own text, all orders"
     told = (parent, "--data", data, "--own-text", own, "--arms", name, "--json", found, "--tokens", "400")
     told += ("--max-length", "32", "--held-out-tokens", "64", "--points", "2", "--seeds", "0", "--batch-size", "2")
-    script = (sys.executable, SCRIPTS / "bench_conversion.py", *told, "--learning-rates", "1e-3")
+    script = (sys.executable, REPOSITORY / "scripts" / "bench_conversion.py", *told, "--learning-rates", "1e-3")
     done = subprocess.run([str(word) for word in script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = json.loads(found.read_text())["runs"][0]

@@ -1,6 +1,5 @@
 """scripts/write_parent_text.py: what it writes, that it can be stopped at any moment, and what it refuses."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,13 +9,8 @@ from a2d_hf.conversion_settings import ConversionSettings
 from a2d_hf.data import read_rows
 from a2d_hf.journal import Journal
 from a2d_hf.training_run import prepare_data
+from scripts import write_parent_text as script
 from tests.conftest import tiny_model, tiny_tokenizer
-
-
-path = Path(__file__).parents[1] / "scripts" / "write_parent_text.py"
-spec = importlib.util.spec_from_file_location("write_parent_text", path)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 
 @pytest.fixture(scope="module")

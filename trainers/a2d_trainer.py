@@ -287,7 +287,10 @@ class A2DTrainer(MeasuredTrainer):
             "train_rows": None if isinstance(self.train_dataset, STREAMS) else len(self.train_dataset),
             "rows_per_step": self.get_total_train_batch_size(self.args),
             **({"packing": self.args.packing_strategy} if self.args.packing else {}),
-            **({"replay_buffer_size": self.args.replay_buffer_size} if self.args.replay_weight > 0 else {}),
+            # Not the field's own name, whose default would stand for what a run without replay has not written.
+            **(
+                {"replay with replay_buffer_size": self.args.replay_buffer_size} if self.args.replay_weight > 0 else {}
+            ),
         }
 
     @property

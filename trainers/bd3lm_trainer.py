@@ -20,7 +20,7 @@ from .a2d_trainer import A2DTrainer
 from .batch_rows import in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
-from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, whole_blocks
+from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, order_and_view, whole_blocks
 from .model_resolution import base_model
 from .row_tokenization import RowRules
 from .teachers import causal_targets
@@ -176,11 +176,10 @@ class BD3LMTrainer(A2DTrainer):
 
     @property
     def copies_read(self) -> int:
-        args, orders = self.args, self.args.nested_orders
-        if args.complementary_views:
+        if self.args.complementary_views:
             return 3
-        spared = orders - 1 if args.nested_views == self.diffusion_config.block_size else 0
-        return orders * args.nested_views - spared + 1
+        nested = self.args.nested_views, self.args.nested_orders
+        return len(order_and_view(*nested, self.diffusion_config.block_size)) + 1
 
     # ------------------------------------------------------------------------------------------------------- the noise
 

@@ -103,6 +103,19 @@ def coin_tosses(
     return BlockViews(torch.stack(time, dim=1), torch.stack(weight, dim=1), torch.stack(masked, dim=1))
 
 
+def order_and_view(nested_views: int, nested_orders: int, block_size: int) -> list[tuple[int, int]]:
+    """
+    The views of every order, as pairs of their numbers. With as many views as a block has tokens the last one hides
+    the whole block, the same for every order: it is there once, as the first order's.
+    """
+    return [
+        (order, view)
+        for order in range(nested_orders)
+        for view in range(nested_views)
+        if order == 0 or view < nested_views - 1 or nested_views < block_size
+    ]
+
+
 def counted_tokens(
     rows: BlockRows, seed: int, complementary: bool = False, nested_views: int = 1, nested_orders: int = 1
 ) -> BlockViews:
@@ -159,16 +172,11 @@ def counted_tokens(
         times, masks = [time_BL, 1.0 - time_BL], [hidden_X, maskable_X & ~hidden_X]
         return BlockViews(torch.stack(times, dim=1), stacked(weights), stacked(masks))
 
-    last_hides_all = nested_views >= rows.block_size
-    views = [
-        (order, view)
-        for order in range(nested_orders)
-        for view in range(nested_views)
-        if order == 0 or view < nested_views - 1 or not last_hides_all
-    ]
+    views = order_and_view(nested_views, nested_orders, rows.block_size)
+    hides_all = nested_views - 1 if nested_views >= rows.block_size else None
     times, weights, masks = [], [], []
     for order, view in views:
-        stands_for = nested_orders if last_hides_all and view == nested_views - 1 else 1
+        stands_for = nested_orders if view == hides_all else 1
         share = stands_for * len(views) / (nested_orders * nested_views)  # of the mean over all that there would be
         times.append((view + time_BL) / nested_views)
         k_X = (1 + (times[-1].flatten().to(group_X.device) * n_X).long()).clamp(max=n_X)

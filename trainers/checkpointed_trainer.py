@@ -85,10 +85,12 @@ class CheckpointedTrainer(Trainer):
         if not is_complete(folder):
             raise ValueError(f"`resume_from_checkpoint` {folder} is not a complete checkpoint: pass another, or True.")
         before, now = read_marker(folder)["resume_key"], self.resume_key()
-        if before is not None:  # a checkpoint that is older than a field was trained with the field's default
-            before = {name: before.get(name, getattr(type(self.args), name, None)) for name in now}
-        different = sorted(name for name in now if before is not None and before[name] != now[name])
-        if different and not self.args.ignore_data_skip:
+        if before is None or self.args.ignore_data_skip:
+            return
+        # A checkpoint that is older than a field was trained with the field's default.
+        before = {name: before.get(name, getattr(type(self.args), name, None)) for name in now}
+        different = sorted(name for name in now if before[name] != now[name])
+        if different:
             told = ", ".join(f"{name} {now[name]!r} (was {before[name]!r})" for name in different)
             raise ValueError(
                 f"`resume_from_checkpoint` {folder} belongs to another run: {told}. Restore what it was, or set "

@@ -90,6 +90,13 @@ def test_replay_needs_nothing_from_a_checkpoint(tmp_path):
         other.train(resume_from_checkpoint=str(folder))
 
 
+def test_replay_cannot_begin_with_a_resume(unbroken, tmp_path):
+    """Not even with the buffer's default size, which stands for nothing in a run without replay."""
+    run = build(tmp_path, replay_weight=0.5)
+    with pytest.raises(ValueError, match=r"replay_buffer_size 1024 \(was None\)"):
+        run.train(resume_from_checkpoint=str(unbroken[0] / "run" / "checkpoint-8"))
+
+
 def test_kill_minus_nine_inside_a_checkpoint(unbroken, tmp_path):
     """The checkpoint being written is skipped, the one before it continued, and the end is the same."""
     killed = subprocess.run(
