@@ -39,6 +39,7 @@ class AttentionPattern:
         seed (`int`): keys the open edges of a stochastic annealing; pass the optimizer step.
         clean_context (`str`): `block` or `causal`, for `bd3lm`: how the clean half attends to itself.
         views (`int`): noisy copies before the clean one, for `bd3lm`.
+        noisy_length (`int`, *optional*): tokens of each noisy copy where it leaves out blocks, for `bd3lm`.
         tail (`int`): tokens at the end of a pass that see everything, for `open_tail`.
     """
 
@@ -49,6 +50,7 @@ class AttentionPattern:
     seed: int = 0
     clean_context: str = "block"
     views: int = 1
+    noisy_length: int | None = None
     tail: int = 0
 
     def __post_init__(self):
@@ -64,6 +66,8 @@ class AttentionPattern:
             raise ValueError(f"`clean_context` must be block or causal, not {self.clean_context!r}.")
         if self.views < 1:
             raise ValueError(f"`views` must be at least 1, not {self.views!r}.")
+        if self.noisy_length is not None and self.noisy_length < 1:
+            raise ValueError(f"`noisy_length` must be at least 1, not {self.noisy_length!r}.")
         if self.tail < 0:
             raise ValueError(f"`tail` must be at least 0, not {self.tail!r}.")
 
@@ -98,7 +102,9 @@ class AttentionPattern:
         return cls("block_causal", block_size=block_size)
 
     @classmethod
-    def bd3lm(cls, block_size: int, clean_context: str = "block", views: int = 1) -> "AttentionPattern":
+    def bd3lm(
+        cls, block_size: int, clean_context: str = "block", views: int = 1, noisy_length: int | None = None
+    ) -> "AttentionPattern":
         """
         The training pattern of block diffusion over `[x_t ; ... ; x_0]` (https://huggingface.co/papers/2503.09573,
         section 3.1): a noisy block sees itself and the clean blocks before it, the clean copy sees only itself.
@@ -108,8 +114,10 @@ class AttentionPattern:
             clean_context (`str`, *optional*, defaults to `"block"`): `"block"` or `"causal"` inside the clean copy.
             views (`int`, *optional*, defaults to `1`): noisy copies that share the clean one; they never see each
                 other.
+            noisy_length (`int`, *optional*): tokens of each noisy copy, where they leave out blocks of the clean one
+                in which nothing is hidden. The pass then needs `position_ids`, which say where each stands.
         """
-        return cls("bd3lm", block_size=block_size, clean_context=clean_context, views=views)
+        return cls("bd3lm", block_size=block_size, clean_context=clean_context, views=views, noisy_length=noisy_length)
 
     @classmethod
     def open_tail(cls, tail: int) -> "AttentionPattern":

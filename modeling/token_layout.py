@@ -52,7 +52,17 @@ class TokenLayout:
         rows, length = shape
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         total, copies = seen + length, pattern.copies
-        if length % copies:
+        if pattern.noisy_length is not None:
+            if position_ids is None:
+                raise ValueError(
+                    "A bd3lm pattern with `noisy_length` needs `position_ids`: its copies leave out tokens."
+                )
+            if length <= pattern.views * pattern.noisy_length:
+                raise ValueError(
+                    f"{pattern.views} noisy view(s) of {pattern.noisy_length} tokens leave nothing of an input of "
+                    f"{length} for the clean copy."
+                )
+        elif length % copies:
             raise ValueError(
                 f"The bd3lm pattern with {copies - 1} noisy view(s) needs an input length divisible by {copies}, got "
                 f"{length}."
@@ -78,17 +88,21 @@ class TokenLayout:
             layout.document_BK = document_ids.to(device)
         elif position_ids is not None and attention_mask is None and not seen and copies == 1:
             layout.document_BK = _documents_of(position_ids.to(device))
-        layout._place(copies, position_ids, pattern.tail)
+        layout._place(pattern, position_ids)
         return layout
 
-    def _place(self, copies: int, position_ids: torch.Tensor | None, tail: int) -> None:
+    def _place(self, pattern: AttentionPattern, position_ids: torch.Tensor | None) -> None:
         """Logical positions count the real tokens of each row, document and copy from 0."""
         (rows, length), device = self.shape, self.device
-        total = self.seen + length
+        total, copies = self.seen + length, pattern.copies
+        if pattern.noisy_length is not None:
+            self.copy_K = (torch.arange(length, device=device) // pattern.noisy_length).clamp(max=pattern.views)
+            self.position_BK = position_ids.to(device)
+            return
         if copies > 1:
             self.copy_K = torch.arange(copies, device=device).repeat_interleave(length // copies)
-        elif tail:
-            self.copy_K = (torch.arange(total, device=device) >= total - tail).long()
+        elif pattern.tail:
+            self.copy_K = (torch.arange(total, device=device) >= total - pattern.tail).long()
         if self.valid_BK is not None or self.document_BK is not None:
             valid_BK = self.valid_BK
             if valid_BK is None:
@@ -157,13 +171,30 @@ class TokenLayout:
         if position_BL is None:
             position_BL = (here_L + self.seen).expand(rows, length)
         if pattern.copies > 1:
-            one = length // pattern.copies
-            clean_L = pattern.views * one + here_L % one - 1
             opens_block_BL = (position_BL % pattern.block_size == 0) & (self.copy_K < pattern.views)
-            source_BL = torch.where(opens_block_BL, clean_L, source_BL)
+            source_BL = torch.where(opens_block_BL, self._clean_place(pattern, position_BL) - 1, source_BL)
         if self.seen:
             source_BL = source_BL.masked_fill(here_L == 0, -2)
         return source_BL.masked_fill(position_BL == 0, -1)
+
+    def _clean_place(self, pattern: AttentionPattern, position_BL: torch.Tensor) -> torch.Tensor:
+        """Where each token of a noisy copy stands in the clean one, as an index of this pass: `(L,)` or `(B, L)`."""
+        length, device = self.shape[1], self.device
+        if pattern.noisy_length is None:
+            one = length // pattern.copies
+            return pattern.views * one + torch.arange(length, device=device) % one
+        # Copies that leave out tokens: by the token's number among those of its row, documents told apart. Padding, on
+        # either side, is no one's place.
+        first = pattern.views * pattern.noisy_length
+        number_BL = position_BL.long()
+        if self.document_BK is not None:
+            number_BL = number_BL + self.document_BK * length
+        clean_BS = number_BL[:, first:].contiguous()
+        if self.valid_BK is not None:
+            valid_BS = self.valid_BK[:, first:]
+            before_BS = valid_BS.cumsum(dim=-1) == 0
+            clean_BS = clean_BS.masked_fill(~valid_BS, torch.iinfo(torch.int64).max).masked_fill(before_BS, -1)
+        return first + torch.searchsorted(clean_BS, number_BL.contiguous()).clamp(max=length - first - 1)
 
 
 def _documents_of(position_ids_BL: torch.Tensor) -> torch.Tensor | None:

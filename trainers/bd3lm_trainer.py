@@ -5,7 +5,6 @@ Owns the objective of BD3LM (https://huggingface.co/papers/2503.09573) and nothi
 Shapes: B rows, W noisy views, L tokens, C = (W + 1) L tokens of the input, N masked tokens of all views.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from peft import PeftModel
 from torch.nn.functional import pad
 from transformers import AutoConfig, PreTrainedModel
 
-from a2d_hf.modeling.attention_pattern import AttentionPattern
 from a2d_hf.modeling.configuration_a2d import A2DConfig
 
 from .a2d_trainer import A2DTrainer
@@ -22,6 +20,7 @@ from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
 from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, order_and_view, whole_blocks
 from .model_resolution import base_model
+from .noisy_copies import BD3LMNoise, NoisyCopies, doubled_input
 from .row_tokenization import RowRules
 from .teachers import causal_targets
 from .trainer_card import BD3LM
@@ -30,37 +29,6 @@ from .trainer_card import BD3LM
 # Evaluation covers the whole of (0, 1), whatever the times of training are clipped to.
 EVAL_TIME_EPSILON = 1e-3
 DEFAULT_BLOCK_SIZE = 32
-
-
-@dataclass
-class BD3LMNoise:
-    """
-    The noise of a batch, for each of its W views.
-
-    Attributes:
-        block_size (`int`): tokens per block.
-        time_BWL (`torch.DoubleTensor` of shape `(B, W, L)`): t of each token's block.
-        elbo_weight_BWL (`torch.Tensor` of shape `(B, W, L)`): w(t), what a masked token counts.
-        masked_BWL (`torch.BoolTensor` of shape `(B, W, L)`): m, the tokens that are hidden.
-        noised_ids_BWL (`torch.LongTensor` of shape `(B, W, L)`): x_t, the ids with the mask token in their place.
-        rows ([`BlockRows`]): the blocks of the batch.
-    """
-
-    block_size: int
-    time_BWL: torch.Tensor
-    elbo_weight_BWL: torch.Tensor
-    masked_BWL: torch.Tensor
-    noised_ids_BWL: torch.Tensor
-    rows: BlockRows
-
-    @property
-    def views(self) -> int:
-        return self.masked_BWL.shape[1]
-
-    @property
-    def masked_BL(self) -> torch.Tensor:
-        """Tokens that are hidden in the first view, the only one of evaluation."""
-        return self.masked_BWL[:, 0]
 
 
 class BD3LMTrainer(A2DTrainer):
@@ -224,23 +192,14 @@ class BD3LMTrainer(A2DTrainer):
                 views.masked_BWL, self.diffusion_config.mask_token_id
             ),
             rows=rows,
+            kept=NoisyCopies.of(rows) if training else None,
         )
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
     def doubled_input(self, inputs: dict[str, torch.Tensor], noise: BD3LMNoise) -> dict[str, Any]:
         """What the model reads: `[x_t ; ... ; x_0]`, its padding and documents, and who sees whom."""
-        copies = noise.views + 1
-        doubled = {
-            "input_ids": torch.cat([noise.noised_ids_BWL.flatten(1), inputs["input_ids"]], dim=1),
-            "attention_mask": inputs["attention_mask"].repeat(1, copies),
-            "attention_pattern": AttentionPattern.bd3lm(
-                noise.block_size, clean_context=self.diffusion_config.clean_context, views=noise.views
-            ),
-        }
-        if "document_ids" in inputs:
-            doubled["document_ids"] = inputs["document_ids"].repeat(1, copies)
-        return doubled
+        return doubled_input(inputs, noise, self.diffusion_config.clean_context)
 
     def compute_loss(
         self,
@@ -274,8 +233,8 @@ class BD3LMTrainer(A2DTrainer):
             hard_weights_BVL[:, -1] = hard_weights_BVL[:, -1].roll(-1, dims=-1)
         outputs = model(
             **self.doubled_input(inputs, noise),
-            labels=torch.cat([labels_BWL.flatten(1), clean_labels_BL], dim=1),
-            loss_weights=hard_weights_BVL.flatten(1),
+            labels=torch.cat([noise.in_copies(labels_BWL), clean_labels_BL], dim=1),
+            loss_weights=torch.cat([noise.in_copies(hard_weights_BVL[:, :-1]), hard_weights_BVL[:, -1]], dim=1),
             **(self.auxiliary.forward_kwargs() if training else {}),
         )
 
@@ -316,8 +275,8 @@ class BD3LMTrainer(A2DTrainer):
         labels_BWL = inputs["labels"][:, None].masked_fill(~noise.masked_BWL, -100)
         return model(
             **self.doubled_input(inputs, noise),
-            labels=pad(labels_BWL, (0, 0, 0, 1), value=-100).flatten(1),
-            loss_weights=pad(noise.elbo_weight_BWL / noise.views, (0, 0, 0, 1)).flatten(1),
+            labels=torch.cat([noise.in_copies(labels_BWL), torch.full_like(inputs["labels"], -100)], dim=1),
+            loss_weights=pad(noise.in_copies(noise.elbo_weight_BWL / noise.views), (0, inputs["labels"].shape[1])),
         ).loss
 
     def clean_labels(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ functions of a row's (seed, epoch, place, row id), and both have the NELBO for t
 Shapes: B rows, W noisy views, L tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,17 @@ class BlockRows:
         )
         self.position_BL = position_in_row(inputs["attention_mask"], documents_BL)
         self.document_BL = torch.zeros_like(self.block_BL) if documents_BL is None else documents_BL
+
+    @functools.cached_property
+    def group_X(self) -> torch.Tensor:
+        """
+        The block of each token, blocks of all rows numbered through, `(B L,)`: a new one begins wherever the row, its
+        document or its block changes.
+        """
+        row_BL = torch.arange(self.block_BL.shape[0], device=self.block_BL.device)[:, None]
+        key_BLC = torch.stack(torch.broadcast_tensors(row_BL, self.document_BL, self.block_BL), dim=-1)
+        begins_X = (key_BLC.flatten(0, 1).diff(dim=0) != 0).any(dim=-1)
+        return torch.nn.functional.pad(begins_X.long().cumsum(dim=0), (1, 0))
 
 
 def whole_blocks(maskable_BL: torch.Tensor) -> BlockViews:
@@ -144,11 +156,8 @@ def counted_tokens(
     maskable_BL = rows.maskable_BL
     time_BL = block_time(seed, rows.epoch, rows.place, rows.block_BL)
 
-    # 1. Blocks of all rows, numbered through: a new one begins wherever the row, its document or its block changes.
-    row_BL = torch.arange(maskable_BL.shape[0], device=maskable_BL.device)[:, None]
-    key_BLC = torch.stack(torch.broadcast_tensors(row_BL, rows.document_BL, rows.block_BL), dim=-1)
-    begins_X = (key_BLC.flatten(0, 1).diff(dim=0) != 0).any(dim=-1)
-    group_X = torch.nn.functional.pad(begins_X.long().cumsum(dim=0), (1, 0))
+    # 1. Blocks of all rows, numbered through.
+    group_X = rows.group_X
 
     # 2. n, and the order in which the tokens of a block are hidden: by their bits.
     maskable_X = maskable_BL.flatten()
