@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
     from a2d_hf.trainers.mdlm_trainer import MDLMTrainer
     from a2d_hf.trainers.repalign_config import RepAlignConfig
     from a2d_hf.trainers.repalign_trainer import RepAlignTrainer
+    from a2d_hf.trainers.row_shares import in_shares
 
     kinds = {
         MDLM: (MDLMTrainer, MDLMConfig),
@@ -104,7 +106,10 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
     train, held_out = prepare(args.data, held_out_tokens=args.held_out_tokens)
     if arm.own_text:
         train, _ = prepare(args.own_text, held_out_tokens=args.held_out_tokens)
-    tokens_per_step = budget.batch_size * statistics.mean(len(row["input_ids"]) for row in train)
+    # A row that is trained in several steps counts once, whatever it is read again as context.
+    shares, block_size = arm.config.get("steps_per_row", 1), arm.config.get("block_size", 1)
+    rows = sum(len(in_shares(row, shares, block_size)) for row in train)
+    tokens_per_step = budget.batch_size * sum(len(row["input_ids"]) for row in train) / rows
     steps = budget.steps(tokens_per_step)
     torch.manual_seed(seed)
     fields = {"objective": BD3LM if arm.objective == BD3LM else MDLM, "token_shift": arm.token_shift, **arm.model}
@@ -155,7 +160,14 @@ def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: f
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
+        if args.models is not None:
+            trainer.save_model(args.models / f"{slug(arm.name)}-{learning_rate:g}-{seed}")
     return {"curve": curve, "seconds": round(seconds, 1)}
+
+
+def slug(name: str) -> str:
+    """An arm's name, as a folder's."""
+    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def measured(job: tuple[Arm, argparse.Namespace, Budget, float, int]) -> dict[str, Any]:
@@ -323,6 +335,9 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="default: all of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers are, and are kept")
+    parser.add_argument(
+        "--models", type=Path, help="folder to keep the trained models in; by default they are not kept"
+    )
     parser.add_argument("--figure", type=Path, help="SVG to draw (needs matplotlib)")
     parser.add_argument("--show", action="store_true", help="only table and figure of what is there")
     args = parser.parse_args()

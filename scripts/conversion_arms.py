@@ -44,6 +44,7 @@ BEST = COUNTED | {"complementary_views": True, "teacher_kl_weight": 1.0}
 NESTED = COUNTED | {"nested_views": 4}
 OWN = NESTED | {"muon_learning_rate": 2e-3, "ar_loss_weight": 0.5, "teacher_targets": True}
 ALL_ORDERS = OWN | {"nested_orders": 4}
+IN_SHARES = ALL_ORDERS | {"steps_per_row": 4, "ar_loss_weight": 0.1}
 ARMS = (
     Arm("MDLM", MDLM),
     Arm("MDLM, shift", MDLM, True),
@@ -66,6 +67,14 @@ ARMS = (
     Arm("BD3LM 4, shift, four nested views", BD3LM, True, CAUSAL, NESTED),
     Arm("BD3LM 4, nested views, Muon, own text", BD3LM, False, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 4, nested views, Muon, own text, all orders", BD3LM, False, CAUSAL, ALL_ORDERS, own_text=True),
+    Arm(
+        "BD3LM 4, nested views, Muon, own text, all orders, in shares",
+        BD3LM,
+        False,
+        CAUSAL,
+        IN_SHARES,
+        own_text=True,
+    ),
     Arm("BD3LM 4, shift, nested views, Muon, own text", BD3LM, True, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
 )

@@ -5,6 +5,7 @@ loaders' order, and what the loss is divided by over the global batch. The objec
 `compute_loss`. Subclasses `transformers.Trainer` and mirrors `trl.SFTTrainer`.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -135,7 +136,7 @@ class A2DTrainer(MeasuredTrainer):
         self._formatting_func = formatting_func
         self.dataset_reports: dict[str, PreparationReport] = {}
         if train_dataset is not None:
-            train_dataset = self._prepare(train_dataset, "train")
+            train_dataset = self.training_rows(self._prepare(train_dataset, "train"))
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare(dataset, name) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -214,6 +215,10 @@ class A2DTrainer(MeasuredTrainer):
         )
         if report is not None:
             self.dataset_reports[name] = report
+        return prepared
+
+    def training_rows(self, prepared: ANY_DATASET) -> ANY_DATASET:
+        """What an objective makes of the prepared rows before it trains on them."""
         return prepared
 
     def _pad_token_id(self) -> int:
@@ -322,12 +327,7 @@ class A2DTrainer(MeasuredTrainer):
         # The parent's version, with the objective's own count, and always over every process.
         if self._trained_to_the_end():
             return [], None
-        batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         for batch in batches:

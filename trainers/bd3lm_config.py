@@ -52,6 +52,10 @@ class BD3LMConfig(A2DTrainingConfig):
             How many orders the nested views follow, each the one before moved on by a token, with views of its own:
             with as many orders and views as a block has tokens, every token of it is hidden alone once. At most the
             block size. A step reads that many times the views, but a view that hides whole blocks once for all orders.
+        steps_per_row (`int`, *optional*, defaults to 1):
+            In how many steps a row is trained: it becomes as many rows, each with the targets of a stretch of its
+            blocks and the text before as clean context. Every token is trained as often as before, in more and smaller
+            steps, and the context is read again for each.
         teacher_targets (`bool`, *optional*, defaults to `False`):
             Whether the frozen parent's distribution takes the place of the token itself as target wherever the parent,
             which reads from left to right, has read no less than the model: masked tokens behind which nothing of
@@ -113,6 +117,10 @@ class BD3LMConfig(A2DTrainingConfig):
         default=1,
         metadata={"help": "How many orders the nested views follow, each the one before moved on by a token."},
     )
+    steps_per_row: int = field(
+        default=1,
+        metadata={"help": "In how many steps a row is trained, each on a stretch of its blocks after clean context."},
+    )
     teacher_targets: bool = field(
         default=False,
         metadata={"help": "Whether the parent's distribution is the target wherever it has read no less."},
@@ -133,6 +141,12 @@ class BD3LMConfig(A2DTrainingConfig):
             )
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"`block_size` must be positive, not {self.block_size}.")
+        if self.steps_per_row < 1:
+            raise ValueError(f"`steps_per_row` must be at least 1, not {self.steps_per_row}.")
+        if self.steps_per_row > 1 and self.teacher_logits_cache is not None:
+            raise ValueError(
+                "`teacher_logits_cache` knows whole rows, and `steps_per_row` cuts them: leave one of the two out."
+            )
         if self.clean_context not in (None, "block", "causal"):
             raise ValueError(f"`clean_context` must be 'block' or 'causal', not {self.clean_context!r}.")
         if self.teacher_targets and self.teacher_kl_weight > 0:

@@ -19,8 +19,10 @@ from .batch_rows import in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
 from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, order_and_view, whole_blocks
+from .dataset_preparation import ANY_DATASET
 from .model_resolution import base_model
 from .noisy_copies import BD3LMNoise, NoisyCopies, doubled_input
+from .row_shares import dataset_in_shares
 from .row_tokenization import RowRules
 from .teachers import causal_targets
 from .trainer_card import BD3LM
@@ -117,6 +119,17 @@ class BD3LMTrainer(A2DTrainer):
             rules = RowRules(**{**vars(rules), "max_length": whole})
         return rules
 
+    def training_rows(self, prepared: ANY_DATASET) -> ANY_DATASET:
+        args = self.args
+        if args.steps_per_row == 1:
+            return prepared
+        if not isinstance(prepared, ANY_DATASET):
+            raise TypeError(
+                f"`steps_per_row` cuts the rows of a `datasets.Dataset` or `IterableDataset`, not of a "
+                f"`{type(prepared).__name__}`."
+            )
+        return dataset_in_shares(prepared, args.steps_per_row, self.diffusion_config.block_size, args.dataset_num_proc)
+
     def eos_tail(self) -> BlockEnds | None:
         tokenizer = self.processing_class
         if not self.args.fill_last_block or tokenizer is None or tokenizer.eos_token_id is None:
@@ -134,6 +147,7 @@ class BD3LMTrainer(A2DTrainer):
             "complementary_views",
             "nested_views",
             "nested_orders",
+            "steps_per_row",
             "fill_last_block",
         )
         key = super().resume_key() | {name: getattr(self.args, name) for name in fields}
