@@ -11,56 +11,17 @@ blocks before it for BD3LM. Both bound the NLL of the same text, which is what m
 """
 
 import argparse
-import functools
 import json
 import math
 import multiprocessing
-import re
 import statistics
 import sys
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion_arms import ARMS, BD3LM, LEARNING_RATES, MDLM, REPALIGN, Arm
-
-
-HELD_OUT_COPIES = 2  # a copy of a row is a row of its own and draws its own noise: the estimate's variance falls
-WARMUP = 0.05
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every run gets: `tokens`, in steps of `batch_size` rows, measured `points` times."""
-
-    tokens: int
-    max_length: int
-    batch_size: int
-    points: int
-
-    def steps(self, tokens_per_step: float) -> int:
-        """Optimizer steps, a multiple of `points`."""
-        return self.points * max(1, math.ceil(self.tokens / tokens_per_step / self.points))
-
-
-@functools.cache
-def prepared_rows(source: str, data: str, max_length: int, held_out_tokens: int, token_shift: bool) -> tuple[Any, Any]:
-    """Training and held-out rows, cut and tokenized as `a2d convert` does; the same split for every arm and seed."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    from a2d_hf.conversion_settings import ConversionSettings
-    from a2d_hf.data import read_rows
-    from a2d_hf.training_run import prepare_data
-
-    settings = ConversionSettings(source=source, max_length=max_length, token_shift=token_shift)
-    prepared = prepare_data(read_rows(data), AutoTokenizer.from_pretrained(source), settings, None)
-    kept = prepared.held_out[: max(1, held_out_tokens // max_length)]
-    copies = [{**row, "row_id": i} for i, row in enumerate(kept * HELD_OUT_COPIES)]
-    return prepared.train, Dataset.from_list(copies)
+from conversion_arms import ARMS, LEARNING_RATES, Arm
+from conversion_runs import HELD_OUT_COPIES, Budget, one_run, prepared_rows
 
 
 def parent_nll(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,101 +34,6 @@ def parent_nll(args: argparse.Namespace) -> dict[str, Any]:
     rows = rows[: len(rows) // HELD_OUT_COPIES]
     parent = load_parent(Path(args.source))
     return evaluate.autoregressive_nll(parent, evaluate.usable_rows(rows, sys.maxsize)).to_dict()
-
-
-def one_run(arm: Arm, args: argparse.Namespace, budget: Budget, learning_rate: float, seed: int) -> dict[str, Any]:
-    """
-    Trains one arm once.
-
-    Returns:
-        `dict`: `curve`, a list of [tokens trained for, NELBO], the first before any training; and `seconds`.
-    """
-    import torch
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-
-    from a2d_hf import A2DForMaskedDiffusion
-    from a2d_hf.trainers.bd3lm_config import BD3LMConfig
-    from a2d_hf.trainers.bd3lm_trainer import BD3LMTrainer
-    from a2d_hf.trainers.mdlm_config import MDLMConfig
-    from a2d_hf.trainers.mdlm_trainer import MDLMTrainer
-    from a2d_hf.trainers.repalign_config import RepAlignConfig
-    from a2d_hf.trainers.repalign_trainer import RepAlignTrainer
-    from a2d_hf.trainers.row_shares import in_shares
-
-    kinds = {
-        MDLM: (MDLMTrainer, MDLMConfig),
-        BD3LM: (BD3LMTrainer, BD3LMConfig),
-        REPALIGN: (RepAlignTrainer, RepAlignConfig),
-    }
-    trainer_class, config_class = kinds[arm.objective]
-    tokenizer = AutoTokenizer.from_pretrained(args.source)
-    prepare = functools.partial(prepared_rows, args.source, max_length=args.max_length, token_shift=arm.token_shift)
-    train, held_out = prepare(args.data, held_out_tokens=args.held_out_tokens)
-    if arm.own_text:
-        train, _ = prepare(args.own_text, held_out_tokens=args.held_out_tokens)
-    # A row that is trained in several steps counts once, whatever it is read again as context.
-    shares, block_size = arm.config.get("steps_per_row", 1), arm.config.get("block_size", 1)
-    rows = sum(len(in_shares(row, shares, block_size)) for row in train)
-    tokens_per_step = budget.batch_size * sum(len(row["input_ids"]) for row in train) / rows
-    steps = budget.steps(tokens_per_step)
-    torch.manual_seed(seed)
-    fields = {"objective": BD3LM if arm.objective == BD3LM else MDLM, "token_shift": arm.token_shift, **arm.model}
-    if arm.objective == BD3LM:
-        fields["block_size"] = arm.config["block_size"]
-    model = A2DForMaskedDiffusion.from_pretrained(args.source, tokenizer=tokenizer, dtype=torch.float32, **fields)
-    anneal = {"attention_anneal_steps": round(arm.anneal * steps)} if arm.anneal else {}
-    curve: list[tuple[int, float]] = []
-
-    class Measured(TrainerCallback):
-        def on_evaluate(self, training, state, control, metrics, **kwargs):
-            curve.append((round(state.global_step * tokens_per_step), metrics["eval_nelbo"]))
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_class(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=budget.batch_size,
-            per_device_eval_batch_size=budget.batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=WARMUP,
-            seed=seed,
-            data_seed=seed,
-            eval_strategy="steps",
-            eval_steps=steps // budget.points,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-            max_length=budget.max_length,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            **anneal,
-            **arm.config,
-        )
-        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if arm.lora else None
-        trainer = trainer_class(
-            model=model,
-            args=config,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=[Measured()],
-            peft_config=adapter,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.evaluate()
-        began = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - began
-        if args.models is not None:
-            trainer.save_model(args.models / f"{slug(arm.name)}-{learning_rate:g}-{seed}")
-    return {"curve": curve, "seconds": round(seconds, 1)}
-
-
-def slug(name: str) -> str:
-    """An arm's name, as a folder's."""
-    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def measured(job: tuple[Arm, argparse.Namespace, Budget, float, int]) -> dict[str, Any]:

@@ -11,6 +11,22 @@ MDLM, BD3LM, REPALIGN = "mdlm", "bd3lm", "repalign"
 
 
 @dataclass(frozen=True)
+class LastPart:
+    """
+    A second training of the same model, for the last part of the tokens.
+
+    Attributes:
+        share (`float`): of the tokens.
+        rate (`float`): where the first part's learning rates end and the second's begin, as a share of their peak.
+        config (`dict`): fields of the trainer's configuration, in place of the first part's.
+    """
+
+    share: float
+    rate: float
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Arm:
     """
     One way to convert.
@@ -24,6 +40,7 @@ class Arm:
         anneal (`float`): share of the steps over which attention opens.
         lora (`bool`): adapters of rank 16 on every linear layer in place of all weights.
         own_text (`bool`): trained on what the parent wrote (`--own-text`) in place of the data.
+        last ([`LastPart`], *optional*): what comes after, on the data itself, within the same number of tokens.
     """
 
     name: str
@@ -34,6 +51,7 @@ class Arm:
     anneal: float = 0.0
     lora: bool = False
     own_text: bool = False
+    last: LastPart | None = None
 
 
 # Tried on the first seed, by objective. A block's model starts near its parent and wants smaller steps.
@@ -45,6 +63,8 @@ NESTED = COUNTED | {"nested_views": 4}
 OWN = NESTED | {"muon_learning_rate": 2e-3, "ar_loss_weight": 0.5, "teacher_targets": True}
 ALL_ORDERS = OWN | {"nested_orders": 4}
 IN_SHARES = ALL_ORDERS | {"steps_per_row": 4, "ar_loss_weight": 0.1}
+# The rest of a run on the data itself: its own tokens, no longer the parent's distribution, are the target.
+ON_DATA = {name: value for name, value in IN_SHARES.items() if name != "teacher_targets"}
 ARMS = (
     Arm("MDLM", MDLM),
     Arm("MDLM, shift", MDLM, True),
@@ -74,6 +94,14 @@ ARMS = (
         CAUSAL,
         IN_SHARES,
         own_text=True,
+    ),
+    Arm(
+        "BD3LM 4, nested views, Muon, own text, all orders, four steps a row, then the data",
+        BD3LM,
+        model=CAUSAL,
+        config=IN_SHARES,
+        own_text=True,
+        last=LastPart(share=0.375, rate=0.35, config=ON_DATA),
     ),
     Arm("BD3LM 4, shift, nested views, Muon, own text", BD3LM, True, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),

@@ -18,7 +18,7 @@ from .a2d_trainer import A2DTrainer
 from .batch_rows import in_text
 from .bd3lm_config import BD3LMConfig
 from .block_ends import BlockEnds
-from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, order_and_view, whole_blocks
+from .block_noise import BlockRows, coin_tosses, counted_tokens, nothing_visible_behind, whole_blocks
 from .dataset_preparation import ANY_DATASET
 from .model_resolution import base_model
 from .noisy_copies import BD3LMNoise, NoisyCopies, doubled_input
@@ -156,13 +156,6 @@ class BD3LMTrainer(A2DTrainer):
             key["block_size_curriculum_steps"] = self.args.block_size_curriculum_steps or self.args.max_steps
         return key
 
-    @property
-    def copies_read(self) -> int:
-        if self.args.complementary_views:
-            return 3
-        nested = self.args.nested_views, self.args.nested_orders
-        return len(order_and_view(*nested, self.diffusion_config.block_size)) + 1
-
     # ------------------------------------------------------------------------------------------------------- the noise
 
     def current_block_size(self) -> int:
@@ -245,8 +238,11 @@ class BD3LMTrainer(A2DTrainer):
         hard_weights_BVL = weights_BVL.masked_fill(soft_BVL, 0.0)
         if not shift:
             hard_weights_BVL[:, -1] = hard_weights_BVL[:, -1].roll(-1, dims=-1)
+        doubled = self.doubled_input(inputs, noise)
+        if training:
+            self.note_tokens_read(doubled["attention_mask"][:, : -labels_BL.shape[1]].sum())
         outputs = model(
-            **self.doubled_input(inputs, noise),
+            **doubled,
             labels=torch.cat([noise.in_copies(labels_BWL), clean_labels_BL], dim=1),
             loss_weights=torch.cat([noise.in_copies(hard_weights_BVL[:, :-1]), hard_weights_BVL[:, -1]], dim=1),
             **(self.auxiliary.forward_kwargs() if training else {}),

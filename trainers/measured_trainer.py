@@ -34,21 +34,22 @@ class MeasuredTrainer(CheckpointedTrainer):
     def __init__(self, *args, **kwargs):
         self._metrics = {"train": DiffusionMetrics(), "eval": DiffusionMetrics()}
         self._tokens_seen = torch.zeros((), dtype=torch.int64)
+        self._tokens_read = torch.zeros((), dtype=torch.int64)
         self._clock: _Clock | None = None
         super().__init__(*args, **kwargs)
-
-    @property
-    def copies_read(self) -> int:
-        """How many copies of a row the model reads at once."""
-        return 1
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         real = by_token(inputs["row_id"] >= 0, inputs.get("document_ids"))  # blank rows fill up an epoch: no text
         tokens = (inputs["attention_mask"] * real).sum()
         self._tokens_seen = self._tokens_seen.to(tokens.device) + tokens
+        self.note_tokens_read(tokens)
         if self._clock is None:
             self._clock = _Clock(time.perf_counter(), self.state.num_input_tokens_seen)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def note_tokens_read(self, tokens: torch.Tensor) -> None:
+        """Adds to the tokens that the model has read since the last log. Those of the rows themselves are noted."""
+        self._tokens_read = self._tokens_read.to(tokens.device) + tokens
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
@@ -143,12 +144,14 @@ class MeasuredTrainer(CheckpointedTrainer):
             return {}
         now, numbers = time.perf_counter(), {}
         tokens = self.state.num_input_tokens_seen - self._clock.tokens
+        read = self.accelerator.reduce(self._tokens_read.to(self.args.device), reduction="sum")
+        self._tokens_read = torch.zeros((), dtype=torch.int64)
         seconds = now - self._clock.since
         if tokens > 0 and self.args.include_num_input_tokens_seen == "no":
             numbers["tokens_per_second"] = tokens / seconds
             peak = device_peak_flops(self.args.device) if self.args.bf16 or self.args.fp16 else None
             if peak is not None and self._dense_parameters > 0:
-                done = 6.0 * self._dense_parameters * tokens * self.copies_read
+                done = 6.0 * self._dense_parameters * int(read)
                 numbers["mfu"] = done / (seconds * peak * self.accelerator.num_processes)
         if self.args.device.type == "cuda":
             numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30

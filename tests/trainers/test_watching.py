@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -53,15 +54,19 @@ def test_speed_is_tokens_over_time_and_work_over_peak(objective, tmp_path, monke
     looks = iter(range(0, 1000, 2))
     monkeypatch.setattr(measured_trainer.time, "perf_counter", lambda: float(next(looks)))
     monkeypatch.setattr(measured_trainer, "device_peak_flops", lambda device: 1e6)
-    make, copies = (trainer, 1) if objective == "mdlm" else (bd3lm_trainer, 2)
-    run = make(tmp_path, max_steps=2, logging_steps=1, bf16=True)
+    # Two steps over the same rows: a canvas reads each token once; blocks of 4 read twice what stands in one with a
+    # target, and once the first block, which is a prompt.
+    rows = datasets.Dataset.from_list([{"input_ids": [*range(5, 15)], "labels": [-100] * 5 + [*range(10, 15)]}] * 16)
+    make, read = (trainer, 10 * 8) if objective == "mdlm" else (bd3lm_trainer, (10 + 6) * 8)
+    run = make(tmp_path, rows=rows, max_steps=2, logging_steps=1, bf16=True)
     run.train()
     first, second = training_logs(run)
     tokens = second["num_tokens"] - first["num_tokens"]
+    assert tokens == 10 * 8
     assert second["tokens_per_second"] == tokens / 2.0
     embeddings = run.model.get_input_embeddings().weight.numel()
     parameters = sum(weight.numel() for weight in run.model.parameters()) - embeddings
-    assert second["mfu"] == pytest.approx(6 * parameters * tokens * copies / (2.0 * 1e6))
+    assert second["mfu"] == pytest.approx(6 * parameters * read / (2.0 * 1e6))
 
 
 def test_a_cpu_has_no_peak_and_says_nothing_of_it(tmp_path):
