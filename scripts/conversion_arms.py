@@ -101,7 +101,7 @@ ARMS = (
         model=CAUSAL,
         config=IN_SHARES,
         own_text=True,
-        last=LastPart(share=0.375, rate=0.35, config=ON_DATA),
+        last=LastPart(share=0.25, rate=0.35, config=ON_DATA),
     ),
     Arm("BD3LM 4, shift, nested views, Muon, own text", BD3LM, True, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 1, shift", BD3LM, True, CAUSAL, {"block_size": 1}),
