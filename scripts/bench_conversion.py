@@ -56,7 +56,9 @@ class Results:
         self.path, self.facts, self.runs = path, facts, []
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name in ("source", "data", "budget") if kept.get(name) != facts[name]]
+            facts["own_text"] = facts["own_text"] or kept.get("own_text")  # asked for by some arms only
+            compared = ("source", "data", "budget") + (("own_text",) if kept.get("own_text") else ())
+            differing = [name for name in compared if kept.get(name) != facts[name]]
             if differing:
                 raise SystemExit(f"--json {path} holds a measurement with another {differing[0]}: name another file.")
             self.runs = kept["runs"]
@@ -214,6 +216,7 @@ def main() -> int:
     facts = {
         "source": Path(args.source).name,
         "data": Path(args.data).name,
+        "own_text": args.own_text and Path(args.own_text).name,
         "budget": vars(budget) | {"held_out_tokens": args.held_out_tokens},
         "versions": library_versions(),
         "machine": hardware(),

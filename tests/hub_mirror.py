@@ -85,6 +85,7 @@ DATASETS: dict[str, dict[str, dict[str, dict]]] = {
         "default": {"train": {"Unnamed: 0.1": 0, "Unnamed: 0": 0.0, "title": "a fox", "abstract": TEXT}}
     },
     "Trelis/tiny-shakespeare": {"default": {"train": {"Text": TEXT}, "test": {"Text": TEXT}}},
+    "runs/own-text": {"default": {"train": {"input_ids": list(range(10, 70))}}},  # write_parent_text.py's
     "trl-lib/Capybara": {
         "default": {split: {"source": "x", "messages": MESSAGES, "num_turns": 1} for split in ("train", "test")}
     },

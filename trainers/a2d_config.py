@@ -277,7 +277,8 @@ class A2DTrainingConfig(TrainingArguments):
                 )
         if self.teacher_logits_cache is not None and (not self.needs_teacher or self.teacher is not None):
             raise ValueError(
-                "`teacher_logits_cache` takes the teacher's place: set `teacher_kl_weight`, not `teacher`."
+                "`teacher_logits_cache` takes the teacher's place: set what asks one (`teacher_kl_weight`, or "
+                "`teacher_targets` of BD3LM), and leave `teacher` out."
             )
         if self.label_smoothing_factor != 0:
             raise ValueError("`label_smoothing_factor` must be 0: a smoothed loss is no bound on the likelihood.")

@@ -160,8 +160,8 @@ class CheckpointedTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"`resume_from_checkpoint` {checkpoint} holds the state of another optimizer: restore `optim` and "
-                "`muon_learning_rate` to what they were."
+                f"`resume_from_checkpoint` {checkpoint} holds the state of another optimizer ({error}): restore "
+                "`optim`, `muon_learning_rate` and what is trained to what they were."
             ) from error
 
     def _load_best_model(self) -> None:

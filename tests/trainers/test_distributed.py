@@ -35,6 +35,13 @@ TWO_PROCESSES = {
     "replay": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "replay_weight": 0.5},
     "packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24},
     "bd3lm, packed": {"per_device_train_batch_size": 2, "packing": True, "max_length": 24, "trainer": "bd3lm"},
+    "bd3lm, in shares": {
+        "per_device_train_batch_size": 2,
+        "trainer": "bd3lm",
+        "steps_per_row": 2,
+        "nested_views": 4,
+        "teacher_targets": True,
+    },
     "repalign, packed": {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
