@@ -36,7 +36,7 @@ class NoisyCopies:
         """What a batch keeps, or `None` where some row has a target in every block: then nothing would be won."""
         group_X = rows.group_X
         targets_X = torch.zeros_like(group_X).index_add(0, group_X, rows.maskable_BL.flatten().long())
-        keep_BL = (targets_X[group_X] > 0).view(rows.maskable_BL.shape)
+        keep_BL = (targets_X[group_X] > 0).view(rows.maskable_BL.shape) & rows.inputs["attention_mask"].bool()
         longest = max(int(keep_BL.sum(dim=-1).max()), min(rows.block_size, keep_BL.shape[1]))
         if longest == keep_BL.shape[1]:
             return None

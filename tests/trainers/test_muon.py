@@ -86,7 +86,9 @@ def test_a_resumed_run_equals_an_unbroken_one(make, tmp_path):
 def test_a_checkpoint_of_another_optimizer_is_refused(before, after, tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     trainer(tmp_path, **fields, **before).train()
-    with pytest.raises(ValueError, match="checkpoint-1 holds the state of another optimizer .*: .*`muon_learning_rate`"):
+    with pytest.raises(
+        ValueError, match="checkpoint-1 holds the state of another optimizer .*: .*`muon_learning_rate`"
+    ):
         trainer(tmp_path, **fields, **after).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 

@@ -80,6 +80,18 @@ def test_the_model_reads_no_more_than_the_blocks_with_targets(tmp_path):
     assert run.doubled_input(batch, run.draw_noise(batch, 0))["input_ids"].shape == (2, 2 * 21)
 
 
+def test_padding_is_no_part_of_the_block_before_it(tmp_path):
+    run = bd3lm_trainer(tmp_path, rows=conversations())
+    short = {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [5, 6, 7, 8, 9, 10]}
+    batch = batch_of(run, [short, conversations()[2]])
+    kept = NoisyCopies.of(BlockRows(batch, 4))
+    assert kept.length == 6 and kept.real_BM.sum(-1).tolist() == [6, 4]
+    left = dict(batch)
+    for name in ("input_ids", "labels", "attention_mask"):
+        left[name] = torch.stack([batch[name][0].roll(14), batch[name][1]])
+    assert torch.equal(NoisyCopies.of(BlockRows(left, 4)).real_BM, kept.real_BM)
+
+
 def test_rows_with_a_target_in_every_block_are_read_whole(tmp_path):
     run = bd3lm_trainer(tmp_path, rows=conversations(), per_device_train_batch_size=5)
     run.model.train()
