@@ -103,6 +103,7 @@ def summary(results: Results, arms: list[Arm]) -> list[dict[str, Any]]:
                 "before": statistics.mean(curve[0][1]),
                 "after": statistics.mean(finals),
                 "spread": statistics.stdev(finals) if len(finals) > 1 else 0.0,
+                "exact": [run["exact"]["nats_per_token"] for run in chosen if run.get("exact")],
                 "curve": [(tokens, statistics.mean(values)) for tokens, values in curve],
                 "seconds": statistics.mean(run["seconds"] for run in chosen),
             }
@@ -132,6 +133,9 @@ def show(rows: list[dict[str, Any]], parent: float) -> None:
             f"{row['spread']:.3f} ({row['seeds']}) | {share} | {row['seconds']:.0f} |"
         )
     print(f"\nThe parent's NLL on the same text: {parent:.3f}.")
+    for row in (row for row in rows if row["exact"]):
+        found = statistics.mean(row["exact"])
+        print(f"{row['arm']}, over every set of masks: {found:.3f}, {found - parent:.3f} above the parent.")
 
 
 def draw(rows: list[dict[str, Any]], parent: float, path: Path) -> None:

@@ -6,14 +6,24 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
+from a2d_hf.conversion_settings import ConversionSettings
+from a2d_hf.data import read_rows
+from a2d_hf.evaluate import diffusion_nelbo, usable_rows
 from a2d_hf.trainers import BD3LMConfig, MDLMConfig, RepAlignConfig
+from a2d_hf.training_run import prepare_data
 from scripts import conversion_arms as arms
 from tests.conftest import REPOSITORY, tiny_model, tiny_tokenizer
 
 
 CONFIGS = {arms.MDLM: MDLMConfig, arms.BD3LM: BD3LMConfig, arms.REPALIGN: RepAlignConfig}
+
+
+def held_out_rows(source: str, data: str) -> list[dict]:
+    settings = ConversionSettings(source=source, max_length=32)
+    held_out = prepare_data(read_rows(data), AutoTokenizer.from_pretrained(source), settings, None).held_out
+    return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in held_out[:2]]  # 64 tokens of 32 a row
 
 
 @pytest.mark.parametrize("arm", arms.ARMS, ids=lambda arm: arm.name)
@@ -61,7 +71,15 @@ def test_an_arm_is_trained_on_the_parents_own_text_and_kept(name, points, tokens
     assert tokens <= run["curve"][-1][0] < 1.3 * tokens
     assert f"| {name} | 0.001 |" in done.stdout and "min left" in done.stdout
     (kept,) = (tmp_path / "models").iterdir()
-    assert AutoModel.from_pretrained(kept).config.block_size == 4
+    model = AutoModel.from_pretrained(kept)
+    assert model.config.block_size == 4
+    # The bound on the rows of the parent's NLL, from the kept model.
+    rows = usable_rows(held_out_rows(str(parent), str(data)))
+    exact = diffusion_nelbo(model, rows, mc_samples=15)
+    parents = json.loads(found.read_text())["parent_nll"]
+    assert run["exact"]["nats_per_token"] == pytest.approx(exact.nats_per_token, rel=1e-5)
+    assert run["exact"]["tokens"] == parents["tokens"] == exact.tokens
+    assert f"{name}, over every set of masks: {exact.nats_per_token:.3f}" in done.stdout
 
 
 def test_a_run_of_two_trainings_is_one_schedule_over_all_its_tokens(monkeypatch):

@@ -19,6 +19,8 @@ from a2d_hf.evaluate import (
 )
 from a2d_hf.modeling.modeling_a2d import A2DForMaskedDiffusion
 from tests.conftest import tiny_model, tiny_tokenizer
+from tests.trainers import bd3lm_reference
+from tests.trainers.helpers import diffusion_model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,30 @@ def test_the_estimate_is_unbiased_against_exact_enumeration(model):
     error = torch.tensor(single).std().item() / math.sqrt(draws)
     assert abs(found.nats_per_token - exact) < 4 * error
     assert 0 < 4 * error < 0.2 * exact
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clean_context", ["block", "causal"])
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_small_blocks_are_gone_through_mask_by_mask(token_shift, clean_context):
+    """With 7 passes a block of 3 is exact: by brute force, one pass of the parent per block and set of masks."""
+    fields = {"objective": "bd3lm", "block_size": 3, "token_shift": token_shift, "clean_context": clean_context}
+    model, rows = diffusion_model(**fields).eval(), random_rows([11, 7])
+    rows[0]["labels"][4] = -100
+    total, told = 0.0, []
+    for row in rows:
+        ids, scored = torch.tensor(row["input_ids"]), scored_positions(row)
+        for start in range(0, len(ids), 3):
+            places = [place for place in scored if start <= place < start + 3]
+            for count in range(1, len(places) + 1):
+                for masked in itertools.combinations(places, count):
+                    found = bd3lm_reference.token_losses(model, ids, masked, start, 3, clean_context, token_shift)
+                    total += float(sum(found.values())) / count / math.comb(len(places), count)
+    exact = diffusion_nelbo(model, rows, mc_samples=7, batch_size=4, advance=told.append)
+    assert exact.nats_per_token == pytest.approx(total / exact.tokens, rel=1e-5)
+    assert exact == diffusion_nelbo(model, rows, mc_samples=7, batch_size=4, seed=1)  # nothing is drawn
+    assert sum(told) == 7 * 2
+    assert diffusion_nelbo(model, rows, mc_samples=6) != diffusion_nelbo(model, rows, mc_samples=6, seed=1)
 
 
 def test_the_estimate_does_not_depend_on_the_batch_size(model):
