@@ -37,6 +37,8 @@ def test_loss_and_gradients_equal_brute_force(noise, clean_context, token_shift,
     kept = run.draw_noise(batch, run.args.seed).kept
     assert kept.kept_BM.tolist()[:2] == [[*range(8, 22)], [*range(4, 8), *range(16, 20), 0, 1, 2, 3, 8, 9]]
     assert kept.real_BM.sum(-1).tolist() == [14, 8, 4, 0]
+    read = run.doubled_input(batch, run.draw_noise(batch, 0))["attention_mask"][:, :14]
+    assert torch.equal(read.bool(), kept.real_BM)
     loss, expected = run.compute_loss(run.model, batch), bd3lm_reference.loss(run, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     parameters = list(run.model.parameters())
