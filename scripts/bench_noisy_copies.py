@@ -27,7 +27,7 @@ from a2d_hf.trainers.noisy_copies import NoisyCopies
 
 
 WIDTHS = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 4}
-VOCABULARY, MASK_ID, BLOCK_SIZE, ROWS = 8192, 8191, 32, 4
+VOCABULARY, MASK_ID, BLOCK_SIZE, ROWS = 8192, 8191, 32, 1
 # A full copy, chats of short and long prompts, and the last part of a row that is trained in four steps.
 CASES = [(prompt, views) for prompt in (0.0, 0.5, 0.75, 0.9) for views in (1, 4)]
 

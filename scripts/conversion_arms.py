@@ -88,7 +88,7 @@ ARMS = (
     Arm("BD3LM 4, nested views, Muon, own text", BD3LM, False, CAUSAL, OWN, own_text=True),
     Arm("BD3LM 4, nested views, Muon, own text, all orders", BD3LM, False, CAUSAL, ALL_ORDERS, own_text=True),
     Arm(
-        "BD3LM 4, nested views, Muon, own text, all orders, in shares",
+        "BD3LM 4, nested views, Muon, own text, all orders, four steps a row",
         BD3LM,
         False,
         CAUSAL,
