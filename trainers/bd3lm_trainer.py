@@ -2,7 +2,7 @@
 
 Owns the objective of BD3LM (https://huggingface.co/papers/2503.09573) and nothing around it.
 
-Shapes: B rows, W noisy views, L tokens, C = (W + 1) L tokens of the input, N masked tokens of all views.
+Shapes: B rows, W noisy views, L tokens, V = W + 1 copies, C = V L tokens of them all, N masked tokens of all views.
 """
 
 from typing import Any
@@ -37,7 +37,8 @@ class BD3LMTrainer(A2DTrainer):
     r"""
     Trainer for block diffusion language models (BD3LM).
 
-    The model reads `[x_t ; x_0]`: every noisy block sees itself and the clean blocks before it. The loss
+    The model reads `[x_t ; x_0]`: every noisy block sees itself and the clean blocks before it; in training x_t leaves
+    out the blocks in which nothing may be hidden. The loss
 
         L = (1/N) Σ w(t_b) m_i CE_i,    w(t) = -α'(t) / (1 - α(t)),
 
