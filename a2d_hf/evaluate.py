@@ -145,22 +145,23 @@ def _draw(
     return masked, weights
 
 
+def every_set_of_masks(group: Sequence[int]) -> list[tuple[tuple[int, ...], float]]:
+    """Every subset with its weight in the bound: E over l of N/l is a sum of Beta(|S|, N - |S| + 1)."""
+    total = len(group)
+    found = []
+    for size in range(1, total + 1):
+        weight = math.exp(math.lgamma(size) + math.lgamma(total - size + 1) - math.lgamma(total + 1))
+        found += [(places, weight) for places in itertools.combinations(group, size)]
+    return found
+
+
 def _every_draw(places: Sequence[int], block_size: int) -> list[tuple[list[int], list[float]]]:
-    """
-    Every set of masks of every block, one set of each block at a time, and what the cross-entropies count so that
-    their sum is the bound itself: 1 / (k C(n, k)) for k of n tokens.
-    """
-    blocks = blocks_of(places, block_size)
-    draws = []
-    for number in range(1, 2 ** max(map(len, blocks))):  # its bits say which tokens of a block are masked
-        masked, weights = [], []
-        for group in blocks:
-            if number < 2 ** len(group):
-                chosen = [place for bit, place in enumerate(group) if number >> bit & 1]
-                masked += chosen
-                weights += [1 / (len(chosen) * math.comb(len(group), len(chosen)))] * len(chosen)
-        draws.append((masked, weights))
-    return draws
+    """Every set of masks of every block, one set of each block at a time, and what each cross-entropy counts."""
+    sets_of_blocks = [every_set_of_masks(group) for group in blocks_of(places, block_size)]
+    return [
+        ([place for masked, _ in here for place in masked], [weight for masked, weight in here for _ in masked])
+        for here in itertools.zip_longest(*sets_of_blocks, fillvalue=((), 0.0))
+    ]
 
 
 @torch.no_grad()

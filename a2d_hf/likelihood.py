@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import BadInput
-from .evaluate import LOGITS_AT_ONCE
+from .evaluate import LOGITS_AT_ONCE, every_set_of_masks
 from .modeling.attention_pattern import AttentionPattern
 from .modeling.modeling_a2d import A2DForMaskedDiffusion
 from .trainers.diffusion_noise import random_bits
@@ -272,13 +272,8 @@ def _check_first(request: Request, why: str) -> None:
 
 
 def _subsets(group: tuple[int, ...]) -> list[tuple[tuple[int, ...], dict[int, float]]]:
-    """Every subset with its weight in the bound: E over l of N/l is a sum of Beta(|S|, N - |S| + 1)."""
-    total = len(group)
-    found = []
-    for size in range(1, total + 1):
-        weight = math.exp(math.lgamma(size) + math.lgamma(total - size + 1) - math.lgamma(total + 1))
-        found += [(places, dict.fromkeys(places, weight)) for places in itertools.combinations(group, size)]
-    return found
+    """Every subset with its weights."""
+    return [(places, dict.fromkeys(places, weight)) for places, weight in every_set_of_masks(group)]
 
 
 def _draws(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion_arms import ARMS, LEARNING_RATES, Arm
-from conversion_runs import HELD_OUT_COPIES, Budget, one_run, prepared_rows
+from conversion_runs import Budget, one_run, prepared_rows, scored_rows
 
 
 def parent_nll(args: argparse.Namespace) -> dict[str, Any]:
@@ -30,10 +30,8 @@ def parent_nll(args: argparse.Namespace) -> dict[str, Any]:
     from a2d_hf.surgery import load_parent
 
     _, held_out = prepared_rows(args.source, args.data, args.max_length, args.held_out_tokens, False)
-    rows = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in held_out]
-    rows = rows[: len(rows) // HELD_OUT_COPIES]
     parent = load_parent(Path(args.source))
-    return evaluate.autoregressive_nll(parent, evaluate.usable_rows(rows, sys.maxsize)).to_dict()
+    return evaluate.autoregressive_nll(parent, scored_rows(held_out)).to_dict()
 
 
 def measured(job: tuple[Arm, argparse.Namespace, Budget, float, int]) -> dict[str, Any]:

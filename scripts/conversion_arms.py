@@ -90,9 +90,8 @@ ARMS = (
     Arm(
         "BD3LM 4, nested views, Muon, own text, all orders, four steps a row",
         BD3LM,
-        False,
-        CAUSAL,
-        IN_SHARES,
+        model=CAUSAL,
+        config=IN_SHARES,
         own_text=True,
     ),
     Arm(

@@ -56,6 +56,13 @@ def prepared_rows(source: str, data: str, max_length: int, held_out_tokens: int,
     return prepared.train, Dataset.from_list(copies)
 
 
+def scored_rows(held_out: Any) -> list[dict[str, list[int]]]:
+    """The held-out rows once each, as both the parent's NLL and the exact bound score them."""
+    from a2d_hf.evaluate import usable_rows
+
+    return usable_rows(held_out.select(range(len(held_out) // HELD_OUT_COPIES)))
+
+
 def slug(name: str) -> str:
     """An arm's name, as a folder's."""
     return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
@@ -66,7 +73,8 @@ def one_run(arm: Arm, args: Namespace, budget: Budget, learning_rate: float, see
     Trains one arm once.
 
     Returns:
-        `dict`: `curve`, a list of [tokens trained for, NELBO], the first before any training; and `seconds`.
+        `dict`: `curve`, a list of [tokens trained for, NELBO], the first before any training; `seconds`; and `exact`,
+        see [`exact_nelbo`].
     """
     import torch
     from peft import LoraConfig
@@ -107,7 +115,7 @@ def one_run(arm: Arm, args: Namespace, budget: Budget, learning_rate: float, see
         tokens_per_step = budget.batch_size * sum(len(row["input_ids"]) for row in train) / rows
         steps = part.budget.steps(tokens_per_step)
         anneal = {"attention_anneal_steps": round(arm.anneal * steps)} if arm.anneal else {}
-        progress = Progress(arm.name, seed, done, tokens_per_step, budget.tokens, curve)
+        progress = Progress(f"{arm.name}, seed {seed}", done, tokens_per_step, budget.tokens, curve)
 
         class Measured(TrainerCallback):
             def on_evaluate(self, training, state, control, metrics, progress=progress, **kwargs):
@@ -166,8 +174,7 @@ def exact_nelbo(model: Any, held_out: Any) -> dict[str, Any] | None:
     model = base_model(model)
     if model.config.objective != BD3LM or model.config.block_size > LARGEST_BLOCK:
         return None
-    rows = evaluate.usable_rows(held_out.select(range(len(held_out) // HELD_OUT_COPIES)))
-    return evaluate.diffusion_nelbo(model, rows, mc_samples=2**model.config.block_size - 1).to_dict()
+    return evaluate.diffusion_nelbo(model, scored_rows(held_out), mc_samples=2**model.config.block_size - 1).to_dict()
 
 
 @dataclass(frozen=True)
@@ -196,18 +203,27 @@ def parts_of(arm: Arm, budget: Budget, learning_rate: float) -> list[Part]:
     ]
 
 
+@dataclass
 class Progress:
-    """The curve of a run while it grows: noted, and told with the time that is left at this pace."""
+    """
+    The curve of a run while it grows: noted, and told with the time that is left at this pace.
 
-    def __init__(self, arm: str, seed: int, done: float, tokens_per_step: float, total: int, curve: list):
-        self.name, self.done, self.tokens_per_step, self.total, self.curve = (
-            f"{arm}, seed {seed}",
-            done,
-            0.0,
-            total,
-            curve,
-        )
-        self.tokens_per_step, self.began = tokens_per_step, time.monotonic()
+    Attributes:
+        name (`str`): of the run.
+        done (`float`): tokens of the trainings before this one.
+        tokens_per_step (`float`): of this training.
+        total (`int`): tokens of the run.
+        curve (`list`): what is noted, over all trainings.
+    """
+
+    name: str
+    done: float
+    tokens_per_step: float
+    total: int
+    curve: list[tuple[int, float]]
+
+    def __post_init__(self):
+        self.began = time.monotonic()
 
     def measured(self, step: int, nelbo: float) -> None:
         trained = step * self.tokens_per_step

@@ -109,17 +109,17 @@ def doubled_input(inputs: dict[str, torch.Tensor], noise: BD3LMNoise, clean_cont
     pattern = AttentionPattern.bd3lm(
         noise.block_size, clean_context, noise.views, noisy_length=None if kept is None else kept.length
     )
-    doubled = {
+    by_token = {name: inputs[name] for name in ("attention_mask", "document_ids") if name in inputs}
+    noisy = by_token
+    if kept is not None:
+        by_token["position_ids"] = noise.rows.position_BL.clamp(min=0)
+        noisy = {name: kept.of_row(values_BL) for name, values_BL in by_token.items()}
+        noisy["attention_mask"] = noisy["attention_mask"] * kept.real_BM
+    return {
         "input_ids": torch.cat([noise.in_copies(noise.noised_ids_BWL), inputs["input_ids"]], dim=1),
         "attention_pattern": pattern,
+        **{
+            name: torch.cat([noisy[name].repeat(1, noise.views), values_BL], dim=1)
+            for name, values_BL in by_token.items()
+        },
     }
-    if kept is None:
-        by_token = {name: inputs[name] for name in ("attention_mask", "document_ids") if name in inputs}
-        return doubled | {name: values_BL.repeat(1, noise.views + 1) for name, values_BL in by_token.items()}
-    clean = {"attention_mask": inputs["attention_mask"], "position_ids": noise.rows.position_BL.clamp(min=0)}
-    noisy = {name: kept.of_row(values_BL) for name, values_BL in clean.items()}
-    noisy["attention_mask"] = noisy["attention_mask"] * kept.real_BM
-    if "document_ids" in inputs:
-        clean["document_ids"] = inputs["document_ids"]
-        noisy["document_ids"] = kept.of_row(clean["document_ids"])
-    return doubled | {name: torch.cat([noisy[name].repeat(1, noise.views), clean[name]], dim=1) for name in clean}

@@ -1,10 +1,14 @@
 """Small runs: a tiny diffusion model, rows of token ids, a trainer around them."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import datasets
+import pytest
 import torch
 
 from a2d_hf.modeling import A2DForMaskedDiffusion
-from a2d_hf.trainers import BD3LMConfig, BD3LMTrainer, MDLMConfig, MDLMTrainer
+from a2d_hf.trainers import A2DTrainer, BD3LMConfig, BD3LMTrainer, MDLMConfig, MDLMTrainer
 from tests.conftest import tiny_model
 
 
@@ -64,3 +68,29 @@ def bd3lm_trainer(tmp_path, model=None, rows=None, block_size=4, eval_dataset=No
         eval_dataset=eval_dataset,
         **arguments,
     )
+
+
+def padded_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same batch with its padding moved from the right to the left."""
+    left = dict(batch)
+    for name in ("input_ids", "labels", "attention_mask"):
+        pairs = zip(batch[name], batch["attention_mask"], strict=True)
+        left[name] = torch.stack([row.roll(int((1 - real).sum())) for row, real in pairs])
+    return left
+
+
+def assert_resumes(make: Callable[..., A2DTrainer], tmp_path: Path) -> A2DTrainer:
+    """A run that goes on at its second step ends where an unbroken one does, which comes back."""
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    expected = weights(whole.model)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
+    return whole
+
+
+def assert_refuses_to_resume(other: A2DTrainer, tmp_path: Path, told: str) -> None:
+    """A run with other settings names them, and does not go on from that checkpoint."""
+    with pytest.raises(ValueError, match=told):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))

@@ -11,7 +11,15 @@ from a2d_hf.modeling import A2DForMaskedDiffusion, AttentionPattern
 from a2d_hf.trainers.block_noise import BlockRows, counted_tokens
 from tests.conftest import tiny_model
 from tests.trainers import bd3lm_reference
-from tests.trainers.helpers import MASK_ID, bd3lm_trainer, diffusion_model, first_batch, token_rows, trainer
+from tests.trainers.helpers import (
+    MASK_ID,
+    bd3lm_trainer,
+    diffusion_model,
+    first_batch,
+    padded_left,
+    token_rows,
+    trainer,
+)
 
 
 @pytest.mark.parametrize("token_shift", [False, True])
@@ -61,11 +69,7 @@ def test_left_padding_gives_the_same_loss(mask_sampling, tmp_path):
     run = bd3lm_trainer(tmp_path, per_device_train_batch_size=8, mask_sampling=mask_sampling)
     run.model.train()
     batch = first_batch(run)
-    left = dict(batch)
-    for name in ("input_ids", "labels", "attention_mask"):
-        left[name] = torch.stack(
-            [row.roll(int((1 - real).sum())) for row, real in zip(batch[name], batch["attention_mask"], strict=True)]
-        )
+    left = padded_left(batch)
     assert not torch.equal(left["input_ids"], batch["input_ids"])
     torch.testing.assert_close(
         run.compute_loss(run.model, left), run.compute_loss(run.model, batch), rtol=1e-5, atol=0

@@ -8,7 +8,15 @@ from transformers import AutoModelForCausalLM
 from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.trainers import BD3LMConfig, BD3LMTrainer
 from tests.conftest import tiny_model, tiny_tokenizer
-from tests.trainers.helpers import bd3lm_trainer, diffusion_model, first_batch, token_rows, weights
+from tests.trainers.helpers import (
+    assert_refuses_to_resume,
+    assert_resumes,
+    bd3lm_trainer,
+    diffusion_model,
+    first_batch,
+    token_rows,
+    weights,
+)
 
 
 def test_training_moves_the_weights_and_lowers_the_nelbo(tmp_path):
@@ -195,15 +203,9 @@ def test_accumulation_changes_nothing(views, tmp_path):
 def test_a_resumed_run_equals_an_unbroken_one_and_knows_its_curriculum(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "constant"}
     fields |= {"block_size_curriculum": [1, 4], "block_size_curriculum_steps": 3}
-    whole = bd3lm_trainer(tmp_path, **fields)
-    whole.train()
-    resumed = bd3lm_trainer(tmp_path, diffusion_model(objective="bd3lm", block_size=4), **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    expected = weights(whole.model)
-    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
+    assert_resumes(lambda: bd3lm_trainer(tmp_path, **fields), tmp_path)
     other = bd3lm_trainer(tmp_path, **fields | {"block_size_curriculum_steps": 2})
-    with pytest.raises(ValueError, match="block_size_curriculum_steps 2 .was 3."):
-        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_refuses_to_resume(other, tmp_path, "block_size_curriculum_steps 2 .was 3.")
 
 
 def test_compute_metrics_gets_the_logits_of_the_noisy_half(tmp_path):

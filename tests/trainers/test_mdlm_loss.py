@@ -11,7 +11,7 @@ from a2d_hf.modeling import A2DForMaskedDiffusion
 from a2d_hf.trainers import DiffusionCollator, MDLMTrainer
 from tests.conftest import tiny_model
 from tests.trainers import reference_noise
-from tests.trainers.helpers import MASK_ID, config, diffusion_model, first_batch, token_rows, trainer
+from tests.trainers.helpers import MASK_ID, config, diffusion_model, first_batch, padded_left, token_rows, trainer
 
 
 def brute_force(run, batch, schedule="linear", weighting="elbo", normalization="token"):
@@ -79,11 +79,7 @@ def test_loss_equals_brute_force_in_other_models(family, token_shift, tmp_path):
 def test_left_padding_gives_the_same_loss(tmp_path):
     run = trainer(tmp_path, per_device_train_batch_size=8)
     batch = first_batch(run)
-    left = dict(batch)
-    for name in ("input_ids", "labels", "attention_mask"):
-        left[name] = torch.stack(
-            [row.roll(int((1 - real).sum())) for row, real in zip(batch[name], batch["attention_mask"], strict=True)]
-        )
+    left = padded_left(batch)
     assert not torch.equal(left["input_ids"], batch["input_ids"])
     torch.testing.assert_close(
         run.compute_loss(run.model, left), run.compute_loss(run.model, batch), rtol=1e-5, atol=0

@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 from a2d_hf.trainers import muon_optimizer
 from a2d_hf.trainers.muon_optimizer import MuonAdamW, matrices_of
-from tests.trainers.helpers import bd3lm_trainer, config, diffusion_model, trainer, weights
+from tests.trainers.helpers import assert_resumes, bd3lm_trainer, config, diffusion_model, trainer, weights
 
 
 RATES = {"muon_learning_rate": 2e-3, "learning_rate": 5e-4}
@@ -72,14 +72,10 @@ def test_both_rates_follow_the_schedule(tmp_path):
 @pytest.mark.parametrize("make", [trainer, bd3lm_trainer])
 def test_a_resumed_run_equals_an_unbroken_one(make, tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **RATES}
-    whole = make(tmp_path, **fields)
-    start = weights(whole.model)
-    whole.train()
-    expected = weights(whole.model)
-    assert not any(torch.equal(start[name], expected[name]) for name in matrices_of(whole.model))
-    resumed = make(tmp_path, **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
+    start = weights(make(tmp_path, **fields).model)
+    whole = assert_resumes(lambda: make(tmp_path, **fields), tmp_path)
+    end = weights(whole.model)
+    assert not any(torch.equal(start[name], end[name]) for name in matrices_of(whole.model))
 
 
 @pytest.mark.parametrize(("before", "after"), [({}, RATES), (RATES, {})], ids=["adamw, muon", "muon, adamw"])

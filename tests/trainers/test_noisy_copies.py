@@ -9,7 +9,7 @@ from a2d_hf.modeling.token_layout import TokenLayout
 from a2d_hf.trainers.block_noise import BlockRows
 from a2d_hf.trainers.noisy_copies import NoisyCopies
 from tests.trainers import bd3lm_reference
-from tests.trainers.helpers import bd3lm_trainer, diffusion_model, first_batch
+from tests.trainers.helpers import bd3lm_trainer, diffusion_model, first_batch, padded_left
 
 
 def conversations() -> datasets.Dataset:
@@ -57,10 +57,7 @@ def test_every_family_finds_the_same_loss_as_with_whole_copies(family, tmp_path,
     run.model.train()
     run.model.backbone.eval()  # no dropout
     padded = batch_of(run, conversations().select([0, 1, 2]))
-    left = dict(padded)
-    for name in ("input_ids", "labels", "attention_mask"):
-        pairs = zip(padded[name], padded["attention_mask"], strict=True)
-        left[name] = torch.stack([row.roll(int((1 - real).sum())) for row, real in pairs])
+    left = padded_left(padded)
     documents = [{**row, "row_id": 3 + i, "epoch": 0, "place": i} for i, row in enumerate(conversations())]
     packed = run.data_collator([{"documents": documents[:3]}, {"documents": documents[4:]}])
     losses = [run.compute_loss(run.model, batch) for batch in (padded, left, packed)]
@@ -88,9 +85,7 @@ def test_padding_is_no_part_of_the_block_before_it(tmp_path):
     batch = batch_of(run, [short, conversations()[2]])
     kept = NoisyCopies.of(BlockRows(batch, 4))
     assert kept.length == 6 and kept.real_BM.sum(-1).tolist() == [6, 4]
-    left = dict(batch)
-    for name in ("input_ids", "labels", "attention_mask"):
-        left[name] = torch.stack([batch[name][0].roll(14), batch[name][1]])
+    left = padded_left(batch)
     assert torch.equal(NoisyCopies.of(BlockRows(left, 4)).real_BM, kept.real_BM)
 
 

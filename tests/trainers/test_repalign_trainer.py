@@ -11,7 +11,14 @@ from a2d_hf.trainers import AnchorCache, RepAlignConfig, RepAlignTrainer, precom
 from a2d_hf.trainers.row_cache import weights_sha256
 from tests.conftest import tiny_model
 from tests.trainers import reference_noise
-from tests.trainers.helpers import diffusion_model, first_batch, token_rows, weights
+from tests.trainers.helpers import (
+    assert_refuses_to_resume,
+    assert_resumes,
+    diffusion_model,
+    first_batch,
+    token_rows,
+    weights,
+)
 
 
 def repalign(tmp_path, model=None, rows=None, **fields):
@@ -178,15 +185,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     """Its teacher is the parent again, not the checkpoint, and it draws the same layers and tokens."""
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "align_positions": "unmasked"}
     fields |= {"align_sample_layers": 2, "align_token_share": 0.7, "learning_rate": 5e-3}
-    run = repalign(tmp_path, **fields)
-    run.train()
-    resumed = repalign(tmp_path, **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    expected = weights(run.model)
-    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
+    assert_resumes(lambda: repalign(tmp_path, **fields), tmp_path)
     other = repalign(tmp_path, **fields | {"align_token_share": 0.5})
-    with pytest.raises(ValueError, match="align_token_share 0.5 .was 0.7."):
-        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_refuses_to_resume(other, tmp_path, "align_token_share 0.5 .was 0.7.")
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -7,7 +7,14 @@ import torch
 from a2d_hf.trainers import BD3LMConfig
 from a2d_hf.trainers.row_shares import dataset_in_shares, in_shares
 from tests.conftest import tiny_tokenizer
-from tests.trainers.helpers import bd3lm_trainer, diffusion_model, first_batch, token_rows, weights
+from tests.trainers.helpers import (
+    assert_refuses_to_resume,
+    assert_resumes,
+    bd3lm_trainer,
+    first_batch,
+    token_rows,
+    weights,
+)
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 7])
@@ -83,15 +90,9 @@ def test_only_the_last_share_of_a_row_is_filled_up_with_eos(tmp_path):
 
 def test_a_resumed_run_equals_an_unbroken_one_and_knows_its_shares(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "steps_per_row": 2}
-    whole = bd3lm_trainer(tmp_path, **fields)
-    whole.train()
-    resumed = bd3lm_trainer(tmp_path, diffusion_model(objective="bd3lm", block_size=4), **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    expected = weights(whole.model)
-    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(resumed.model).items())
+    assert_resumes(lambda: bd3lm_trainer(tmp_path, **fields), tmp_path)
     other = bd3lm_trainer(tmp_path, **fields | {"steps_per_row": 3})
-    with pytest.raises(ValueError, match="steps_per_row 3 .was 2."):
-        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_refuses_to_resume(other, tmp_path, "steps_per_row 3 .was 2.")
 
 
 def test_bad_values_are_named(tmp_path):
